@@ -1,5 +1,6 @@
 """SMA, AZO and the networks built on them."""
 
+from models import neurons
 from models.sma import SMA, SMA_L, attention_zoneout
 from models.vgg import VGG8, sma_vgg8_cifar10dvs, sma_vgg8_dvs128, sma_vgg8_ncaltech101
 
@@ -8,6 +9,7 @@ __all__ = [
     "SMA_L",
     "VGG8",
     "attention_zoneout",
+    "neurons",
     "sma_vgg8_cifar10dvs",
     "sma_vgg8_dvs128",
     "sma_vgg8_ncaltech101",

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import types
+import warnings
 
 import torch
-from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
-__all__ = ["BackendError", "lif", "reset_net", "select_backend", "spikingjelly_version"]
+with warnings.catch_warnings():
+    # 0.0.0.0.14 compiles its neurons with torch.jit.script, of which current torch warns once in every process.
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+    from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
-reset_net = functional.reset_net
+__all__ = ["BackendError", "lif", "per_step", "reset_net", "select_backend", "spikingjelly_version"]
+
+reset_net = functional.reset_net  # after every batch: forget the membrane potentials
+per_step = layer.SeqToANNContainer  # a plain layer on every step at once: [T, B, ...] as [T * B, ...] and back
 
 
 class BackendError(ValueError):

@@ -149,7 +149,7 @@ class SMA(nn.Module):
     ):
         super().__init__()
         kernels = list(kernels)
-        _check_arguments(channel, time, kernels, C_reduction, T_reduction, RCR, RTR, activation)
+        _check_arguments(channel, time, kernels, C_reduction, T_reduction, AZO, RCR, RTR, activation)
         self.channel, self.time = channel, time
         self.AZO, self.RCR, self.RTR = AZO, RCR, RTR
         c_units, t_units = channel // C_reduction, int(time // T_reduction)
@@ -237,6 +237,7 @@ def _check_arguments(
     kernels: list[int],
     C_reduction: int,
     T_reduction: float,
+    AZO: bool,
     RCR: int,
     RTR: int,
     activation: str | Callable[[], nn.Module],
@@ -255,9 +256,9 @@ def _check_arguments(
         raise ValueError(f"T_reduction={T_reduction} leaves no unit for time={time}; use 1 to {time}")
     if C_reduction != int(C_reduction):
         raise ValueError(f"C_reduction={C_reduction!r} must be a whole number")
-    if RCR > channel:
+    if AZO and channel < RCR:
         raise ValueError(f"RCR={RCR} leaves AZO no channel of channel={channel}; use 1 to {channel}")
-    if RTR > time:
+    if AZO and time < RTR:
         raise ValueError(f"RTR={RTR} leaves AZO no step of time={time}; use 1 to {time}")
     if not callable(activation) and activation not in ("lif", "relu"):
         raise ValueError(f"activation={activation!r} must be 'lif', 'relu' or a callable that returns a module")

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
-from models.neurons import lif
+from models.neurons import lif, per_step
 from models.sma import SMA
 
 __all__ = ["VGG8", "sma_vgg8_cifar10dvs", "sma_vgg8_dvs128", "sma_vgg8_ncaltech101"]
-
-# Released names depend on these positions: a block is Conv, [SMA], BN, LIF, MaxPool, each layer one level down.
-_per_step = layer.SeqToANNContainer
 
 SMALLEST_FRAME = 32  # five poolings by 2 leave one pixel of it
 
@@ -64,11 +60,12 @@ class VGG8(nn.Module):
         c1, c2, c3, c4, c5, f1, f2 = (max(1, round(n * width)) for n in (64, 128, 256, 512, 512, 2048, 1024))
 
         def block(number: int, c_in: int, c_out: int) -> nn.Sequential:
-            layers = [_per_step(nn.Conv2d(c_in, c_out, 3, padding=1))]
+            # Released names depend on the positions: Conv, [SMA], BN, LIF, MaxPool, plain layers one level down.
+            layers = [per_step(nn.Conv2d(c_in, c_out, 3, padding=1))]
             if number in sma_blocks:
                 activation = lif if branch_activation == "lif" else branch_activation
                 layers.append(SMA(c_out, T, kernels, C_reduction, T_reduction, AZO, RCR, RTR, activation))
-            layers += [_per_step(nn.BatchNorm2d(c_out)), lif(), _per_step(nn.MaxPool2d(2))]
+            layers += [per_step(nn.BatchNorm2d(c_out)), lif(), per_step(nn.MaxPool2d(2))]
             return nn.Sequential(*layers)
 
         self.block1 = block(1, 2, c1)
@@ -77,7 +74,7 @@ class VGG8(nn.Module):
         self.block4 = block(4, c3, c4)
         self.block5 = block(5, c4, c5)
         self.others = nn.Sequential(
-            _per_step(nn.AdaptiveAvgPool2d(3)),
+            per_step(nn.AdaptiveAvgPool2d(3)),
             nn.Flatten(2),  # [T, B, C, 3, 3] -> [T, B, C * 9]
             nn.Linear(c5 * 9, f1),
             lif(),

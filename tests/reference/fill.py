@@ -1,6 +1,7 @@
 """Deterministic parameters and inputs for the reference vectors (numpy only)."""
 
 import zlib
+
 import numpy as np
 
 

@@ -1,0 +1,95 @@
+"""What several test files use: tiny data sets in SpikingJelly's layouts, and scripts run as a user runs them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from utils.errors import exit_with_sentence
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {
+    "dvs128": ROOT / "vgg8_dvs128_SMA.py",
+    "cifar10dvs": ROOT / "vgg8_cifar10dvs_SMA.py",
+    "ncaltech101": ROOT / "vgg8_NCaltech101_SMA.py",
+}
+# The smallest network and input that the scripts take: a training step takes milliseconds.
+SMALL = ["-T", "4", "--width", "0.125", "--frame-size", "32", "--device", "cpu", "--num-workers", "0", "-b", "4"]
+
+
+def write_events(path, seed, height=128, width=128, count=400):
+    """An event file as SpikingJelly writes it; the first half of the events lies where the label says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    np.savez(
+        path,
+        t=np.sort(rng.integers(0, 1_000_000, count)),
+        x=rng.integers(0, width, count),
+        y=rng.integers(0, height, count),
+        p=rng.integers(0, 2, count),
+    )
+
+
+@pytest.fixture(scope="session")
+def gesture_data(tmp_path_factory):
+    """A data set in the layout of DVS128 Gesture: 11 classes, 22 training and 11 test samples."""
+    root = tmp_path_factory.mktemp("gesture")
+    for label in range(11):
+        for number in range(2):
+            write_events(root / f"events_np/train/{label}/user01_{number}.npz", seed=100 * label + number)
+        write_events(root / f"events_np/test/{label}/user24_0.npz", seed=100 * label + 50)
+    return root
+
+
+@pytest.fixture(scope="session")
+def folder_data(tmp_path_factory):
+    """A data set in the layout of N-Caltech101: 3 classes of 10 samples."""
+    root = tmp_path_factory.mktemp("folders")
+    for label, name in enumerate(("ant", "bass", "crab")):
+        for number in range(10):
+            write_events(root / f"events_np/{name}/image_{number:04}.npz", 1000 + 100 * label + number, 180, 240)
+    return root
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Run a script's main in this process: ``script("dvs128", "--lr", "0.1")`` gives (exit code, stdout, stderr)."""
+
+    def run(name, *arguments):
+        path = SCRIPTS[name]
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        try:
+            exit_with_sentence(module.main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def launch():
+    """Start a real process; ``launch([...])`` gives the finished process with its text output."""
+
+    def run(command, timeout=300, **environment):
+        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
+        return subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env={**clean, "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,194 @@
+"""SMA, SMA-L and AZO beyond the reference vectors: the definition, gradients, modes, arguments, reuse."""
+
+import inspect
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import models.sma
+from models import SMA, SMA_L, attention_zoneout
+from models.neurons import reset_net
+
+
+def zoneout_by_definition(z, w_time, w_channel, RTR, RCR):
+    """Spec section 2, step by step, with loops."""
+    S, T, _, C = z.shape[:4]
+    out = z.clone()
+    for s in range(S):
+        steps = sorted(range(T), key=lambda t, s=s: w_time[s, t].sum().item())[: T // RTR]
+        per_channel = w_channel[s].sum(0) if w_channel.ndim == 3 else w_channel[s, steps].sum((0, 1))
+        channels = sorted(range(C), key=lambda c: per_channel[c].item())[: C // RCR]
+        for t in steps:
+            for c in channels:
+                if t > 0:
+                    out[s, t, :, c] = z[s, t - 1, :, c]
+    return out
+
+
+@pytest.mark.parametrize("over_time", [True, False], ids=["SMA", "SMA-L"])
+@pytest.mark.parametrize(("RTR", "RCR"), [(1, 1), (2, 3), (4, 4), (8, 12)])
+def test_zoneout_is_its_definition(over_time, RTR, RCR):
+    generator = torch.Generator().manual_seed(RTR * 100 + RCR)
+    S, T, B, C = 4, 8, 3, 12
+    z = torch.randn(S, T, B, C, 2, 3, generator=generator)
+    w_time = torch.rand(S, T, B, generator=generator).softmax(0)
+    w_channel = torch.rand(S, *((T, B, C) if over_time else (B, C)), generator=generator).softmax(0)
+    expected = zoneout_by_definition(z, w_time, w_channel, RTR, RCR)
+    assert not torch.equal(expected, z) or RTR == 8
+    assert torch.equal(attention_zoneout(z, w_time, w_channel, RTR, RCR), expected)
+
+
+def test_a_chain_of_chosen_steps_reads_the_values_before_any_replacement():
+    z = torch.arange(4.0).reshape(1, 4, 1, 1, 1, 1)
+    w_time = torch.tensor([0.9, 0.1, 0.2, 0.3]).reshape(1, 4, 1)
+    w_channel = torch.ones(1, 4, 1, 1)
+    assert attention_zoneout(z, w_time, w_channel, RTR=1, RCR=1).flatten().tolist() == [0.0, 0.0, 1.0, 2.0]
+
+
+def test_zoneout_changes_nothing_when_only_step_0_is_chosen():
+    z = torch.randn(2, 4, 3, 5, 2, 2)
+    w_time = torch.tensor([0.0, 1.0, 1.0, 1.0]).reshape(1, 4, 1).expand(2, 4, 3)
+    assert torch.equal(attention_zoneout(z, w_time, torch.rand(2, 4, 3, 5), RTR=4, RCR=1), z)
+
+
+def test_replaced_values_carry_the_gradient_of_their_source_and_the_choice_none():
+    z = torch.randn(1, 3, 1, 2, 1, 1, requires_grad=True)
+    w_time = torch.tensor([0.5, 0.9, 0.1]).reshape(1, 3, 1).requires_grad_()  # step 2 is chosen
+    w_channel = torch.tensor([0.1, 0.9]).expand(1, 3, 1, 2).clone().requires_grad_()  # channel 0 is chosen
+    weights = torch.tensor([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]]).reshape(1, 3, 1, 2, 1, 1)
+    (attention_zoneout(z, w_time, w_channel, RTR=3, RCR=2) * weights).sum().backward()
+    assert z.grad.reshape(3, 2).tolist() == [[1.0, 10.0], [2.0 + 4.0, 20.0], [0.0, 40.0]]
+    assert w_time.grad is None and w_channel.grad is None
+
+
+def test_zoneout_has_no_loop():
+    source = inspect.getsource(attention_zoneout) + inspect.getsource(models.sma._zoneout_choice)
+    code = [line.split("#")[0] for line in source.split('"""')[0::2]]
+    assert not any(word in part.split() for part in code for word in ("for", "while"))
+
+
+@pytest.mark.parametrize("cls", [SMA, SMA_L])
+def test_zoneout_follows_the_training_mode(cls):
+    torch.manual_seed(0)
+    with_azo = cls(8, 4, C_reduction=4, T_reduction=2, AZO=True, RCR=2, RTR=2)
+    without = cls(8, 4, C_reduction=4, T_reduction=2, AZO=False)
+    without.load_state_dict(with_azo.state_dict())
+    x = torch.randn(4, 2, 8, 6, 6)
+
+    def outputs(training):
+        results = []
+        for net in (with_azo, without):
+            net.train(training)
+            results.append(net(x))
+            reset_net(net)
+        return results
+
+    assert torch.equal(*outputs(training=False))
+    assert not torch.equal(*outputs(training=True))
+
+
+def test_attention_weights_sum_to_one_over_the_scales():
+    features = torch.rand(3, 4, 2, 8, 5, 5)
+    w_time, w_channel = SMA(8, 4, kernels=[1, 3, 5], C_reduction=4, T_reduction=2).attention_weights(features)
+    assert w_time.shape == (3, 4, 2) and w_channel.shape == (3, 4, 2, 8)
+    torch.testing.assert_close(w_time.sum(0), torch.ones(4, 2))
+    torch.testing.assert_close(w_channel.sum(0), torch.ones(4, 2, 8))
+    _, w_light = SMA_L(8, 4, kernels=[1, 3, 5], C_reduction=4, T_reduction=2).attention_weights(features)
+    assert w_light.shape == (3, 2, 8)
+
+
+def test_the_published_call_works_word_for_word():
+    net = SMA(channel=512, time=16, kernels=[1, 3, 5, 7], C_reduction=16, T_reduction=4, AZO=False, RCR=4, RTR=4)
+    assert net.C_before_attention_conv.weight.shape == (32, 512, 1, 1)
+    assert net.T_before_attention_conv.weight.shape == (4, 16, 1, 1, 1)
+
+
+def test_a_fractional_time_reduction_gives_whole_units():
+    net = SMA(channel=8, time=6, C_reduction=4, T_reduction=1.5)
+    assert net.T_before_attention_conv.weight.shape == (4, 6, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"time": 6, "T_reduction": 8}, r"T_reduction=8 leaves no unit for time=6; use 1 to 6"),
+        ({"channel": 8, "C_reduction": 16}, r"C_reduction=16 leaves no unit for channel=8; use 1 to 8"),
+        ({"C_reduction": 2.5}, r"C_reduction=2.5 must be a whole number"),
+        ({"T_reduction": 0.5}, r"T_reduction=0.5 must be at least 1"),
+        ({"T_reduction": float("nan")}, r"T_reduction=nan must be at least 1"),
+        ({"channel": 0}, r"channel=0 must be a whole number of at least 1"),
+        ({"time": 4.0}, r"time=4.0 must be a whole number"),
+        ({"kernels": [2]}, r"kernels=\[2\] must be a list of odd whole numbers"),
+        ({"kernels": []}, r"kernels=\[\] must be a list of odd whole numbers"),
+        ({"AZO": True, "RTR": 17}, r"RTR=17 leaves AZO no step of time=16; use 1 to 16"),
+        ({"RTR": 0}, r"RTR=0 must be a whole number of at least 1"),
+        ({"AZO": True, "RCR": 513}, r"RCR=513 leaves AZO no channel of channel=512; use 1 to 512"),
+        ({"activation": "gelu"}, r"activation='gelu' must be 'lif', 'relu' or a callable"),
+    ],
+)
+def test_every_argument_is_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SMA(**arguments)
+
+
+def test_divisors_do_not_matter_without_zoneout():
+    assert SMA_L(8, 2, C_reduction=4, T_reduction=2).RCR == 16
+
+
+def test_input_of_another_length_is_refused_with_both():
+    with pytest.raises(ValueError, match=r"T=4.*\[5, 1, 8, 4, 4\]"):
+        SMA(8, 4, C_reduction=4, T_reduction=2)(torch.zeros(5, 1, 8, 4, 4))
+
+
+def test_any_module_can_follow_the_branch_normalisation():
+    net = SMA(8, 4, C_reduction=4, T_reduction=2, activation=torch.nn.Tanh)
+    assert net(torch.randn(4, 1, 8, 3, 3)).shape == (4, 1, 8, 3, 3)
+    assert isinstance(net.S_Convs[0].lif, torch.nn.Tanh)
+
+
+def test_sma_py_can_be_lifted_into_another_project(tmp_path):
+    """Copied alone into an empty folder, it trains in a network of that project."""
+    shutil.copy(models.sma.__file__, tmp_path / "sma.py")
+    (tmp_path / "use.py").write_text(
+        """
+import torch
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import nn
+from sma import SMA, SMA_L, attention_zoneout
+
+torch.manual_seed(0)
+net = nn.Sequential(
+    layer.Conv2d(2, 8, 3, padding=1, bias=False),
+    SMA(channel=8, time=4, C_reduction=4, T_reduction=2, AZO=True, RCR=2, RTR=2),
+    layer.BatchNorm2d(8),
+    neuron.LIFNode(),
+    layer.AdaptiveAvgPool2d(1),
+    layer.Flatten(),
+    layer.Linear(8, 2),
+)
+functional.set_step_mode(net, "m")
+x = torch.zeros(4, 8, 2, 8, 8)
+x[:, :4, :, :4] = 1.0  # class 0: the upper half
+x[:, 4:, :, 4:] = 1.0
+x = x * torch.linspace(0.5, 1.5, 8).reshape(1, 8, 1, 1, 1)
+y = torch.tensor([0] * 4 + [1] * 4)
+optimizer = torch.optim.Adam(net.parameters(), lr=0.03)
+losses = []
+for _ in range(15):
+    loss = nn.functional.cross_entropy(net(x).mean(0), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    functional.reset_net(net)
+    losses.append(loss.item())
+assert losses[-1] < 0.7 * losses[0], losses
+print("trained")
+"""
+    )
+    result = subprocess.run(
+        [sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.stdout.strip() == "trained", result.stderr

@@ -1,0 +1,121 @@
+"""Processes: one or many, on CPUs (gloo) or GPUs (nccl); plain python, torchrun or torch.distributed.launch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from utils.errors import UserError
+
+__all__ = ["Process", "broadcast_buffers", "gather", "start", "sum_over_processes"]
+
+
+@dataclass(frozen=True)
+class Process:
+    """What one process of a run knows of itself."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """The one process that prints and writes."""
+        return self.rank == 0
+
+
+@contextmanager
+def start(device: str | None, local_rank: int | None) -> Iterator[Process]:
+    """Join the process group that the environment describes (none: a run of one process), and leave it at the end.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or None for a GPU where there is one.
+        local_rank: ``--local-rank`` of older launchers; the environment's ``LOCAL_RANK`` where it is None.
+
+    Raises:
+        UserError: the device is unknown or absent, or there are more processes than GPUs.
+    """
+    world_size = _environment_number("WORLD_SIZE", 1)
+    rank = _environment_number("RANK", 0)
+    if local_rank is None:
+        local_rank = _environment_number("LOCAL_RANK", 0)
+    chosen = _choose_device(device, local_rank, world_size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    # init_process_group is called whenever a launcher set the environment, even for one process: it owns the store.
+    joined = "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
+    if world_size > 1 and not joined:
+        raise UserError(f"WORLD_SIZE={world_size} without MASTER_ADDR; start several processes with torchrun")
+    if joined:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Process(rank, local_rank, world_size, chosen)
+    finally:
+        if joined:
+            dist.destroy_process_group()
+
+
+def _environment_number(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(
+            f"environment variable {name}={value!r} must be a whole number; unset it or use torchrun"
+        ) from None
+
+
+def _choose_device(wanted: str | None, local_rank: int, world_size: int) -> torch.device:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(wanted or ("cuda" if gpus else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {wanted!r} is unknown; use cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if gpus == 0:
+        raise UserError(f"--device {wanted} needs a GPU that torch can use and there is none here; use --device cpu")
+    if world_size > 1:
+        if device.index is not None:
+            raise UserError(f"--device {wanted} names one GPU for {world_size} processes; use --device cuda")
+        local_size = _environment_number("LOCAL_WORLD_SIZE", min(world_size, local_rank + 1))
+        if local_size > gpus:
+            raise UserError(f"{local_size} processes on this machine need as many GPUs and it has {gpus}; start fewer")
+        return torch.device("cuda", local_rank)
+    index = device.index or 0
+    if index >= gpus:
+        raise UserError(f"--device {wanted} does not exist; this machine has cuda:0 to cuda:{gpus - 1}")
+    return torch.device("cuda", index)
+
+
+def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
+    """Sums over all processes, in double precision, the same list everywhere."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather(value: object) -> list:
+    """The value of every process, in rank order, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_buffers(net: nn.Module) -> None:
+    """Give every process the buffers (BatchNorm statistics) of the first one: those that are saved and evaluated."""
+    if dist.is_initialized():
+        for buffer in net.buffers():
+            dist.broadcast(buffer, src=0)

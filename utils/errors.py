@@ -1,0 +1,60 @@
+"""A user's mistake ends in one sentence and exit code 2, never in a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+__all__ = ["DataError", "UserError", "exit_with_sentence", "user_input"]
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class UserError(Exception):
+    """Something the user can put right. The message names what was given, what is allowed and what to do.
+
+    All processes of a run meet it alike, so only the first one prints it.
+    """
+
+
+class DataError(UserError):
+    """A file that cannot be used. Only the process that reads it meets it, so that one prints it."""
+
+
+@contextmanager
+def user_input() -> Iterator[None]:
+    """Report the ValueError of a checked constructor (its message says what would work) as a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def exit_with_sentence(main: Callable[[], None]) -> None:
+    """Run ``main``; turn a UserError into its sentence on stderr and exit code 2, ctrl-C into 130."""
+    program = os.path.basename(sys.argv[0])
+    try:
+        main()
+    except UserError as error:
+        if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":
+            print(f"{program}: error: {_sentence(error)}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"\n{program}: interrupted; every finished epoch is saved, and the same command continues after it",
+                file=sys.stderr,
+                flush=True,
+            )
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _sentence(error: UserError) -> str:
+    # A DataLoader worker's error arrives as a new one whose message is the worker's traceback; its last line is ours.
+    lines = str(error).strip().splitlines() or [""]
+    if len(lines) > 1 and lines[0].startswith("Caught "):
+        return lines[-1].partition(": ")[2]
+    return str(error)

@@ -1,0 +1,180 @@
+"""What a run says and writes: header, progress bar, one line and one row an epoch, TensorBoard, evaluation."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+import einops
+import numpy
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from models.neurons import spikingjelly_version
+from utils.args import plain
+from utils.datasets import EventData
+from utils.distributed import Process
+from utils.errors import UserError
+
+__all__ = ["RunLog", "describe_event_run", "prepare_output", "versions", "write_evaluation"]
+
+COLUMNS = ("epoch", "train_loss", "train_acc1", "test_loss", "test_acc1", "lr", "seconds")
+
+
+class RunLog:
+    """The log of one run. On all processes but the first every call does nothing.
+
+    Args:
+        directory: the output directory.
+        process: this process.
+        log_dir: of the TensorBoard events.
+    """
+
+    def __init__(self, directory: Path, process: Process, log_dir: Path):
+        self.directory, self.process, self.log_dir = directory, process, log_dir
+        self._tensorboard = None
+        self._began = time.monotonic()
+
+    def header(self, lines: dict[str, Any], deviations: dict[str, tuple[Any, Any]]) -> None:
+        """Print the facts of the run, one a line, and every deviation from the published recipe."""
+        if not self.process.is_first:
+            return
+        for name, value in lines.items():
+            print(f"{name + ':':<12} {value}")
+        changed = ", ".join(f"{name} {used} instead of {published}" for name, (published, used) in deviations.items())
+        print(f"{'deviations:':<12} {changed or 'none'}", flush=True)
+
+    def open(self, args: dict[str, Any], facts: dict[str, Any], epochs_done: int) -> None:
+        """Start writing: ``args.json``, and ``metrics.csv`` with the rows of the epochs that are done."""
+        if not self.process.is_first:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not for --help and evaluation
+
+        rows = self._rows()[:epochs_done]
+        with self._csv("w") as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
+        described = {"args": {k: plain(v) for k, v in args.items()}, **facts, "versions": versions(), "argv": sys.argv}
+        (self.directory / "args.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(self.log_dir), purge_step=epochs_done + 1)
+
+    def progress(self, batches: Iterable, what: str) -> Iterable:
+        """The batches under a progress bar (rate and time left) on the first process."""
+        # Without a terminal a bar every 30 s keeps a log file short.
+        interval = 0.2 if sys.stderr.isatty() else 30.0
+        return tqdm(
+            batches, desc=what, unit="batch", leave=False, mininterval=interval, delay=interval,
+            disable=not self.process.is_first, dynamic_ncols=True,
+        )  # fmt: skip
+
+    def epoch(
+        self, epoch: int, epochs: int, train: dict[str, float], test: dict[str, float], lr: float, seconds: float
+    ) -> None:
+        """Report an epoch (numbered from 1): a line, a row of ``metrics.csv``, TensorBoard."""
+        if not self.process.is_first:
+            return
+        values = (train["loss"], train["acc1"], test["loss"], test["acc1"], lr, seconds)
+        with self._csv("a") as file:
+            csv.writer(file).writerow([epoch, *(f"{value:.10g}" for value in values)])
+        for name, value in zip(COLUMNS[1:], values, strict=True):
+            self._tensorboard.add_scalar(name, value, epoch)
+        self._tensorboard.flush()
+        print(
+            f"epoch {epoch}/{epochs}  train loss {train['loss']:.4f} acc {train['acc1']:.2f} %  "
+            f"test loss {test['loss']:.4f} acc {test['acc1']:.2f} % ({test['correct']}/{test['count']})  "
+            f"lr {lr:.3g}  {seconds:.1f} s",
+            flush=True,
+        )
+
+    def finish(self, final: dict[str, float], best: dict[str, float], facts: dict[str, Any]) -> None:
+        """Report the final epoch, and which epoch was best, and say which is which."""
+        if not self.process.is_first:
+            return
+        self._tensorboard.close()
+        print("final epoch:", end=" ")
+        write_evaluation(self.directory, self.process, final, epoch="final", best=best, **facts)
+        print(f"best epoch: {best['epoch']} with acc1 {best['acc1']:.2f} % (selected on the test set, as published)")
+        print(f"{time.monotonic() - self._began:.1f} s; everything is in {self.directory}", flush=True)
+
+    def _rows(self) -> list[list[str]]:
+        path = self.directory / "metrics.csv"
+        if not path.exists():
+            return []
+        with path.open(newline="") as file:
+            return [row for row in csv.reader(file) if len(row) == len(COLUMNS)][1:]
+
+    def _csv(self, mode: str) -> TextIO:
+        return (self.directory / "metrics.csv").open(mode, newline="")
+
+
+def prepare_output(directory: Path, process: Process) -> None:
+    """Make the output directory and check that it can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not process.is_first:
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".write-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {directory} cannot be written ({error.strerror or error}); choose another"
+        ) from error
+
+
+def write_evaluation(directory: Path, process: Process, result: dict[str, Any], **facts: Any) -> None:
+    """Print an evaluation and write it to ``evaluation.json``."""
+    if not process.is_first:
+        return
+    print(f"{result['correct']} of {result['count']} correct: acc1 {result['acc1']:.2f} %, loss {result['loss']:.6f}")
+    written = {**result, **{name: plain(value) for name, value in facts.items()}}
+    (directory / "evaluation.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "spikingjelly": spikingjelly_version(),
+        "numpy": numpy.__version__,
+        "einops": einops.__version__,
+    }
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def describe_event_run(args: Any, data: EventData, net: nn.Module, backend: str, process: Process) -> dict[str, str]:
+    """The header of a run on event data, name to words."""
+    height, width = data.frame_size
+    blocks = " and ".join(map(str, args.sma_blocks)) or "no blocks"
+    branches = f" ({args.branch_activation} branches)" if args.sma_blocks else ""
+    azo = f"AZO with RCR {args.RCR}, RTR {args.RTR}" if args.AZO else "no AZO"
+    device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "CPU"
+    return {
+        "data": data.title,
+        "samples": f"{len(data.train)} training, {len(data.test)} test, {len(data.classes)} classes",
+        "split": data.split,
+        "input": f"T = {args.timesteps}, frames {height}x{width}",
+        "network": f"SMA-VGG8, SMA in {blocks}{branches}, {azo}, width {args.width:g}, "
+        f"{sum(p.numel() for p in net.parameters()) / 1e6:.6f} M parameters",
+        "neurons": backend,
+        "precision": f"training {args.amp if args.amp != 'off' else 'fp32'}, evaluation fp32",
+        "processes": f"{process.world_size} on {device}",
+        "batch": f"{args.batch_size} per process, {process.world_size * args.batch_size} global",
+        "schedule": f"{args.epochs} epochs, lr {args.lr:g}, seed {args.seed}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "output": str(args.output_dir),
+    }

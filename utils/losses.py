@@ -1,0 +1,24 @@
+"""Losses of the published recipes: logits over time ``[T, B, K]`` and labels ``[B]`` to the mean over the batch."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["mse_of_mean", "tet"]
+
+
+def mse_of_mean(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean squared error between the mean of the logits over T and the one-hot label."""
+    mean = logits.float().mean(0)
+    return F.mse_loss(mean, F.one_hot(labels, mean.shape[1]).to(mean))
+
+
+def tet(logits: Tensor, labels: Tensor) -> Tensor:
+    """Temporal efficient training: the mean over t of the cross-entropy of the logits at t.
+
+    Source: Deng, Li, Zhang, Gu, "Temporal Efficient Training of Spiking Neural Network via Gradient
+    Re-weighting", ICLR 2022, equation of L_TET without its regularisation term.
+    """
+    T, B = logits.shape[:2]
+    return F.cross_entropy(logits.float().reshape(T * B, -1), labels.repeat(T))
