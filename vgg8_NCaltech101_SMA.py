@@ -27,7 +27,7 @@ from utils.datasets import event_loaders, load_event_data, set_epoch
 from utils.distributed import start
 from utils.engine import evaluate, train_one_epoch
 from utils.errors import exit_with_sentence, user_input
-from utils.logger import RunLog, describe_event_run, prepare_output, write_evaluation
+from utils.logger import RunLog, check_output, describe_event_run, write_evaluation
 from utils.losses import tet
 
 DATA_SET = "ncaltech101"
@@ -64,6 +64,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> VGG8:
 def main() -> None:
     """Train, or evaluate, as the command line says."""
     args = parse_event_args(__doc__, DATA_SET, RECIPE, DEMO)
+    check_output(args.output_dir)
     with start(args.device, args.local_rank) as process:
         data = load_event_data(
             DATA_SET,
@@ -71,6 +72,7 @@ def main() -> None:
             args.timesteps,
             split=args.split,
             split_seed=args.split_seed,
+            sensor_size=args.sensor_size,
             frame_size=args.frame_size,
             demo=args.demo,
             keep_in_memory=args.keep_frames,
@@ -82,14 +84,13 @@ def main() -> None:
             backend = select_backend(net, args.backend, process.device)
         if args.weights is not None:
             load_weights(net, args.weights)
-        prepare_output(args.output_dir, process)
         log = RunLog(args.output_dir, process, args.log_dir)
         facts = describe_event_run(args, data, net, backend, process)
         log.header(facts, deviations(args, RECIPE))
 
         if args.evaluate:
             result = evaluate(net, log.progress(test_batches, "test"), tet, process.device)
-            write_evaluation(args.output_dir, process, result, weights=args.weights, **facts)
+            write_evaluation(args.output_dir, process, result, **facts)
             return
 
         optimizer = torch.optim.NAdam(net.parameters(), lr=args.lr, momentum_decay=args.decay)

@@ -37,6 +37,7 @@ COMMON: dict[str, Any] = {
     "sma_blocks": [2, 3],
     "branch_activation": "lif",
     "AZO": True,
+    "sensor_size": None,
     "frame_size": None,
     "split": "random",
     "keep_frames": False,
@@ -44,12 +45,16 @@ COMMON: dict[str, Any] = {
 }
 
 _RECIPE_FIELDS = (
-    "demo", "timesteps", "width", "sma_blocks", "branch_activation", "AZO", "RCR", "RTR", "frame_size", "split",
-    "split_seed", "flip", "batch_size", "epochs", "lr", "decay", "amp", "seed", "weights",
+    "demo", "timesteps", "width", "sma_blocks", "branch_activation", "AZO", "RCR", "RTR", "sensor_size", "frame_size",
+    "split", "split_seed", "flip", "batch_size", "epochs", "lr", "decay", "amp", "seed", "weights",
+)  # fmt: skip
+
+_EVALUATION_FIELDS = (
+    "demo", "timesteps", "width", "sma_blocks", "branch_activation", "sensor_size", "frame_size", "split", "split_seed",
 )  # fmt: skip
 
 # What a weights file of this project tells of the data that it was trained on.
-_INPUT_FIELDS = ("frame_size", "split", "split_seed", "demo")
+_INPUT_FIELDS = ("sensor_size", "frame_size", "split", "split_seed", "demo")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,6 +88,7 @@ def parse_event_args(
     args.output_dir = args.output_dir or Path("output") / f"{data_set}{suffix}"
     args.data_dir = args.data_dir or (args.output_dir / "demo_data" if args.demo else Path("data") / data_set)
     args.log_dir = args.log_dir or args.output_dir
+    args.AZO = args.AZO and not args.evaluate  # for training only: its divisors must not matter in an evaluation
     if args.num_workers is None:
         args.num_workers = 0 if args.keep_frames else _workers()
     on_gpu = torch.cuda.is_available() if args.device is None else args.device.startswith("cuda")
@@ -98,9 +104,12 @@ def recipe_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def deviations(args: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ from the published recipe: name to (published, used)."""
+    """Settings that differ from the published recipe: name to (published, used). An evaluation has those of the data
+    and the network only."""
     published = {**COMMON, "amp": "fp16", **recipe}
     used = recipe_of(args)
+    if args.evaluate:
+        used = {name: value for name, value in used.items() if name in _EVALUATION_FIELDS}
     return {name: (published[name], value) for name, value in used.items() if value != published[name]}
 
 
@@ -152,7 +161,15 @@ def _event_parser(description: str, recipe: dict[str, Any]) -> _Parser:
     data = parser.add_argument_group("data")
     add(data, "--demo", action="store_true", help="train on the built-in demo data: small settings, no download")
     add(data, "--data-dir", type=Path, metavar="DIR", help="folder of the data set", default="data/<data set>")
-    add(data, "--frame-size", type=_frame_size, metavar="N|HxW", help="resize frames", default="the sensor's size")
+    add(
+        data,
+        "--sensor-size",
+        type=_size(1),
+        metavar="HxW",
+        help="of another camera's recordings",
+        default="the data set's",
+    )
+    add(data, "--frame-size", type=_size(32), metavar="N|HxW", help="resize frames", default="the sensor's size")
     if "split_seed" in recipe:
         add(data, "--split", metavar="random|FILE", help="train/test split", default="random 90/10 in each class")
         add(
@@ -268,7 +285,10 @@ def _not_negative(text: str) -> float:
     return _number(text, float, lambda value: math.isfinite(value) and value >= 0, "a finite number of at least 0")
 
 
-def _frame_size(text: str) -> list[int]:
-    height, _, width = text.partition("x")
-    words = "N or HxW in whole pixels of at least 32, for instance 48 or 180x240"
-    return [_number(side, int, lambda value: value >= 32, words) for side in (height, width or height)]
+def _size(least: int) -> Callable[[str], list[int]]:
+    def parse(text: str) -> list[int]:
+        height, _, width = text.partition("x")
+        words = f"N or HxW in whole pixels of at least {least}, for instance 48 or 180x240"
+        return [_number(side, int, lambda value: value >= least, words) for side in (height, width or height)]
+
+    return parse

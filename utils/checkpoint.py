@@ -85,19 +85,18 @@ def _read(path: str | Path) -> Mapping:
     try:
         with path.open("rb") as file:
             head = file.read(512).lstrip()
-        if not head:
-            raise UserError(f"file {path} is empty; download or copy it again")
-        if head[:1] == b"<":
-            raise UserError(
-                f"file {path} is a web page, not weights; open the link in a browser and download the file itself"
-            )
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except OSError as error:
         raise UserError(f"file {path} cannot be read: {error.strerror or error}") from error
+    if not head:
+        raise UserError(f"file {path} is empty; download or copy it again")
+    if head[:1] == b"<":
+        raise UserError(
+            f"file {path} is a web page, not weights; open the link in a browser and download the file itself"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types on a damaged file
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if "Unsupported global" in str(error):
             raise UserError(
                 f"file {path} holds more than tensors and plain values and is not opened, because such a file can run "
                 "code; save its state_dict() alone where it came from"

@@ -26,7 +26,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,7 @@ class DataSet:
     reader: str  # module and class of SpikingJelly
     sensor: tuple[int, int]  # H, W
     has_split: bool  # its own train and test folders
+    num_classes: int
     demo_classes: int  # how many of the eleven demo gestures stand in for its classes
     recordings: str  # what must lie in extract/
     archives: tuple[str, ...]
@@ -75,6 +76,7 @@ DATA_SETS = {
         reader="spikingjelly.datasets.dvs128_gesture.DVS128Gesture",
         sensor=(128, 128),
         has_split=True,
+        num_classes=11,
         demo_classes=11,
         recordings="DvsGesture",
         archives=("DvsGesture.tar.gz",),
@@ -85,6 +87,7 @@ DATA_SETS = {
         reader="spikingjelly.datasets.cifar10_dvs.CIFAR10DVS",
         sensor=(128, 128),
         has_split=False,
+        num_classes=10,
         demo_classes=10,
         recordings="",
         archives=tuple(
@@ -98,6 +101,7 @@ DATA_SETS = {
         reader="spikingjelly.datasets.n_caltech101.NCaltech101",
         sensor=(180, 240),
         has_split=False,
+        num_classes=101,
         demo_classes=11,
         recordings="Caltech101",
         archives=("Caltech101.zip",),
@@ -116,14 +120,16 @@ class EventFrames(Dataset):
     Args:
         files: the ``.npz`` file and the label of every sample.
         T: the number of frames that every file must have.
-        frame_size: (H, W) to resize the event counts to (bilinear, antialiased); None leaves them.
+        sensor: (H, W) that every file must have.
+        frame_size: (H, W) to resize the event counts to (bilinear, antialiased).
         augment: ``(frames, generator) -> frames``, the same for all frames of a sample.
         seed: of the augmentation.
     """
 
     files: Sequence[tuple[Path, int]]
     T: int
-    frame_size: tuple[int, int] | None = None
+    sensor: tuple[int, int]
+    frame_size: tuple[int, int]
     augment: Augmentation | None = None
     seed: int = 0
     epoch: int = 0
@@ -154,12 +160,13 @@ class EventFrames(Dataset):
                 f"frame file {path} cannot be read ({error}); delete its frames_number folder to "
                 "have all frames made again"
             ) from error
-        if frames.ndim != 4 or frames.shape[0] != self.T or frames.shape[1] != 2:
+        needed = (self.T, 2, *self.sensor)
+        if frames.shape != needed:
             raise DataError(
-                f"frame file {path} has the shape {list(frames.shape)} and [T={self.T}, 2, H, W] is needed; delete its "
-                "frames_number folder to have all frames made again, or give its number of frames as -T"
+                f"frame file {path} has shape {list(frames.shape)} and [T, 2, H, W] = {list(needed)} is needed; "
+                "give its T and size as -T and --sensor-size, or delete its frames_number folder to have it made again"
             )
-        if self.frame_size is not None and frames.shape[2:] != self.frame_size:
+        if self.frame_size != self.sensor:
             frames = transforms.resize(frames, list(self.frame_size), antialias=True)
         return frames
 
@@ -183,7 +190,8 @@ def load_event_data(
     *,
     split: str = "random",
     split_seed: int = 0,
-    frame_size: tuple[int, int] | None = None,
+    sensor_size: Sequence[int] | None = None,
+    frame_size: Sequence[int] | None = None,
     augment: Augmentation | None = None,
     seed: int = 0,
     demo: bool = False,
@@ -199,6 +207,7 @@ def load_event_data(
             lines ``train,<class>/<sample>`` and ``test,<class>/<sample>``. A data set with its own train and test
             folders ignores it.
         split_seed: of the random split.
+        sensor_size: (H, W) of the camera, where the recordings are of another one (N-MNIST: 34, 34).
         frame_size: (H, W) to resize to; None keeps the sensor's.
         augment, seed: of the training samples.
         demo: write the built-in demo data to ``data_dir`` first, and use them with their own split.
@@ -214,6 +223,8 @@ def load_event_data(
         layout = "gesture" if about.has_split else "folders"
         data_dir = write_demo(data_dir, layout, about.sensor, about.demo_classes)
         split = str(data_dir / "split.csv")
+    if sensor_size is not None:
+        about = replace(about, sensor=tuple(sensor_size))
     frames_dir = _frames_dir(about, Path(data_dir), T)
     if about.has_split:
         train, classes = _list_samples(frames_dir / "train")
@@ -235,12 +246,17 @@ def load_event_data(
             raise UserError(f"{frames_dir} has no {part} samples; check the contents of {data_dir}")
     names = [f"train,{_sample_name(path)}" for path, _ in train] + [f"test,{_sample_name(path)}" for path, _ in test]
     described += f", fingerprint {hashlib.sha256(chr(10).join(sorted(names)).encode()).hexdigest()[:8]}"
-    train_set, test_set = EventFrames(train, T, frame_size, augment, seed), EventFrames(test, T, frame_size)
-    size = tuple(test_set[0][0].shape[2:])  # read one now: frames of another T are found before the training starts
+    if not demo and (sensor_size is not None or len({label for _, label in train}) != about.num_classes):
+        # Other recordings in its layout: a result on them must not go under its name.
+        title = f"{Path(data_dir).resolve().name}, laid out as {about.title}"
+    frame_size = tuple(frame_size or about.sensor)
+    train_set = EventFrames(train, T, about.sensor, frame_size, augment, seed)
+    test_set = EventFrames(test, T, about.sensor, frame_size)
+    _ = test_set[0]  # frames of another T or size are found before the training starts
     if keep_in_memory:
         train_set.keep_in_memory()
         test_set.keep_in_memory()
-    return EventData(train_set, test_set, classes, title, described, size)
+    return EventData(train_set, test_set, classes, title, described, frame_size)
 
 
 def flip_and_shift(frames: Tensor, generator: torch.Generator, flip: bool = True, most: int = 5) -> Tensor:
@@ -457,7 +473,9 @@ def _run_spikingjelly(about: DataSet, root: Path, frames_name: str, T: int) -> N
     cls = _spikingjelly_class(about)
     _mend_fromstring(sys.modules[cls.__module__])
     # The archives were checked above. SpikingJelly would delete one whose checksum differs, or start to download.
-    unchecked = type(cls.__name__, (cls,), {"resource_url_md5": staticmethod(list)})
+    unchecked = type(
+        cls.__name__, (cls,), {"resource_url_md5": staticmethod(list), "get_H_W": staticmethod(lambda: about.sensor)}
+    )
     keywords = {"train": True} if about.has_split else {}
     failure = None
     with contextlib.redirect_stdout(io.StringIO()):  # a line for every file

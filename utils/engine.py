@@ -57,7 +57,7 @@ def train_one_epoch(
         ``loss`` (mean over samples), ``acc1`` (percent), ``correct`` and ``count`` over all processes.
 
     Raises:
-        UserError: the loss of the epoch is not finite; nothing of the epoch should be kept.
+        UserError: the loss or the weights are not finite any more; nothing of the epoch should be kept.
     """
     net.train()
     reset_net(net)  # whatever an interrupted batch left behind
@@ -74,10 +74,11 @@ def train_one_epoch(
         reset_net(net)
         sums.add(loss, logits, labels)
     result = sums.result()
-    if not math.isfinite(result["loss"]):
-        lr = optimizer.param_groups[0]["lr"]
+    # The loss alone does not tell: neurons that get nan stay silent, and the last layer's bias gives a finite loss.
+    if not math.isfinite(result["loss"]) or not all(value.isfinite().all() for value in net.state_dict().values()):
         raise UserError(
-            f"the training loss became {result['loss']} at learning rate {lr:g}; lower --lr or use --amp off"
+            f"training diverged at learning rate {optimizer.param_groups[0]['lr']:g}: the loss is {result['loss']:.4g} "
+            "and the weights are no longer finite; lower --lr or use --amp off; the last finished epoch is saved"
         )
     return result
 

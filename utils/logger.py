@@ -24,7 +24,7 @@ from utils.datasets import EventData
 from utils.distributed import Process
 from utils.errors import UserError
 
-__all__ = ["RunLog", "describe_event_run", "prepare_output", "versions", "write_evaluation"]
+__all__ = ["RunLog", "check_output", "describe_event_run", "versions", "write_evaluation"]
 
 COLUMNS = ("epoch", "train_loss", "train_acc1", "test_loss", "test_acc1", "lr", "seconds")
 
@@ -58,6 +58,7 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not for --help and evaluation
 
+        self.directory.mkdir(parents=True, exist_ok=True)
         rows = self._rows()[:epochs_done]
         with self._csv("w") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
@@ -114,23 +115,16 @@ class RunLog:
         return (self.directory / "metrics.csv").open(mode, newline="")
 
 
-def prepare_output(directory: Path, process: Process) -> None:
-    """Make the output directory and check that it can be written.
+def check_output(directory: Path) -> None:
+    """Check that the output directory is one, or can be made; nothing is written yet.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot be used.
     """
-    if not process.is_first:
-        return
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".write-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--output-dir {directory} cannot be written ({error.strerror or error}); choose another"
-        ) from error
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        reason = "may not be written to" if existing.is_dir() else "is a file"
+        raise UserError(f"--output-dir {directory} cannot be used: {existing} {reason}; choose another")
 
 
 def write_evaluation(directory: Path, process: Process, result: dict[str, Any], **facts: Any) -> None:
@@ -138,6 +132,7 @@ def write_evaluation(directory: Path, process: Process, result: dict[str, Any], 
     if not process.is_first:
         return
     print(f"{result['correct']} of {result['count']} correct: acc1 {result['acc1']:.2f} %, loss {result['loss']:.6f}")
+    directory.mkdir(parents=True, exist_ok=True)
     written = {**result, **{name: plain(value) for name, value in facts.items()}}
     (directory / "evaluation.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
@@ -159,11 +154,11 @@ def versions() -> dict[str, str]:
 def describe_event_run(args: Any, data: EventData, net: nn.Module, backend: str, process: Process) -> dict[str, str]:
     """The header of a run on event data, name to words."""
     height, width = data.frame_size
-    blocks = " and ".join(map(str, args.sma_blocks)) or "no blocks"
+    blocks = ", ".join(map(str, args.sma_blocks)) or "no blocks"
     branches = f" ({args.branch_activation} branches)" if args.sma_blocks else ""
     azo = f"AZO with RCR {args.RCR}, RTR {args.RTR}" if args.AZO else "no AZO"
     device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "CPU"
-    return {
+    facts = {
         "data": data.title,
         "samples": f"{len(data.train)} training, {len(data.test)} test, {len(data.classes)} classes",
         "split": data.split,
@@ -171,10 +166,13 @@ def describe_event_run(args: Any, data: EventData, net: nn.Module, backend: str,
         "network": f"SMA-VGG8, SMA in {blocks}{branches}, {azo}, width {args.width:g}, "
         f"{sum(p.numel() for p in net.parameters()) / 1e6:.6f} M parameters",
         "neurons": backend,
-        "precision": f"training {args.amp if args.amp != 'off' else 'fp32'}, evaluation fp32",
+        "precision": "fp32" if args.evaluate else f"training {args.amp.replace('off', 'fp32')}, evaluation fp32",
         "processes": f"{process.world_size} on {device}",
         "batch": f"{args.batch_size} per process, {process.world_size * args.batch_size} global",
         "schedule": f"{args.epochs} epochs, lr {args.lr:g}, seed {args.seed}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "output": str(args.output_dir),
     }
+    if args.evaluate:
+        facts = {**facts, "schedule": "", "weights": str(args.weights)}
+    return {name: words for name, words in facts.items() if words}

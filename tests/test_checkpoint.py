@@ -1,0 +1,241 @@
+"""Reading weights from anywhere, safely; saving whole files; continuing a run."""
+
+import pickle
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from models import VGG8, sma_vgg8_ncaltech101
+from utils.checkpoint import Checkpoints, describe_vgg8, load_weights, read_weights
+from utils.distributed import Process
+from utils.errors import UserError
+
+ALONE = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+
+
+def small(**changes):
+    return VGG8(**{"T": 4, "num_classes": 3, "width": 0.125, **changes})
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def weights():
+    torch.manual_seed(0)
+    return small().state_dict()
+
+
+@pytest.mark.parametrize(
+    "dress",
+    [
+        lambda w: w,
+        lambda w: {"module." + k: v for k, v in w.items()},
+        lambda w: {"_orig_mod.module." + k: v for k, v in w.items()},
+        lambda w: {"model": w, "epoch": 3, "max_test_acc": 0.5},
+        lambda w: {"net": {"module." + k: v for k, v in w.items()}},
+        lambda w: {"state_dict": w, "optimizer": {"state": {}, "param_groups": []}},
+        lambda w: {k.replace("block1.1.0.", "block1.0.1."): v for k, v in w.items()},
+    ],
+    ids=["bare", "DDP", "compiled DDP", "in model", "in net", "in state_dict", "N-Caltech101 names"],
+)
+def test_released_and_own_forms_load_all_weights(dress, weights, tmp_path):
+    torch.save(dress(weights), tmp_path / "w.pth")
+    torch.manual_seed(1)
+    net = small()
+    assert not same(net.state_dict(), weights)
+    load_weights(net, tmp_path / "w.pth")
+    assert same(net.state_dict(), weights)
+
+
+def test_a_released_ncaltech101_file_loads_under_its_own_names(tmp_path):
+    net = sma_vgg8_ncaltech101(width=0.125, AZO=False)
+    released = {"module." + k.replace("block1.1.0.", "block1.0.1."): v for k, v in net.state_dict().items()}
+    assert sum("block1.0.1." in name for name in released) == 5
+    torch.save({"net": released}, tmp_path / "w.pth")
+    other = sma_vgg8_ncaltech101(width=0.125, AZO=False)
+    load_weights(other, tmp_path / "w.pth")
+    assert same(other.state_dict(), net.state_dict())
+
+
+def test_the_old_format_of_torch_loads(weights, tmp_path):
+    torch.save(weights, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    assert same(read_weights(tmp_path / "w.pth")[0], weights)
+
+
+def test_another_length_is_refused_with_both(weights, tmp_path):
+    torch.save(weights, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="T=4 and the network is built for T=5"):
+        load_weights(small(T=5), tmp_path / "w.pth")
+
+
+def test_a_mismatch_names_missing_unexpected_and_shapes_and_loads_nothing(weights, tmp_path):
+    weights["extra.weight"] = torch.zeros(1)
+    del weights["block4.0.0.bias"]
+    weights["others.8.weight"] = torch.zeros(7, 128)
+    torch.save(weights, tmp_path / "w.pth")
+    net = small()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        load_weights(net, tmp_path / "w.pth")
+    message = str(caught.value)
+    assert "1 missing: block4.0.0.bias" in message
+    assert "1 unexpected: extra.weight" in message
+    assert "1 of another shape: others.8.weight [7, 128] instead of [3, 128]" in message
+    assert same(net.state_dict(), before)
+
+
+class Hostile:
+    def __reduce__(self):
+        return (open, ("executed", "w"))
+
+
+def write_hostile(path):
+    torch.save({"model": Hostile()}, path)
+
+
+def write_whole_module(path):
+    torch.save(nn.Linear(1, 1), path)
+
+
+def write_truncated(path):
+    torch.save(small().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def write_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "nothing")
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda p: p.write_text("<!DOCTYPE html><html>quota exceeded</html>"), "is a web page"),
+        (lambda p: p.write_bytes(b""), "is empty"),
+        (lambda p: p.write_bytes(b"\0" * 5000), "is damaged or is no weights file"),
+        (write_truncated, "is damaged or is no weights file"),
+        (write_zip, "is damaged or is no weights file"),
+        (lambda p: torch.save([1, 2], p), "holds a list and no state dict"),
+        (lambda p: torch.save({"epoch": 1}, p), r"holds no weights: its entries are \['epoch'\]"),
+        (write_hostile, "can run code"),
+        (write_whole_module, "can run code"),
+        (lambda p: p.write_bytes(pickle.dumps(Hostile(), protocol=2)), "can run code"),
+        (lambda p: None, "does not exist"),
+        (lambda p: p.mkdir(), "does not exist"),
+    ],
+    ids=["html", "empty", "zeros", "cut", "zip", "list", "none", "hostile", "module", "pickle", "missing", "folder"],
+)
+def test_what_is_no_weights_file_is_refused_in_one_sentence(write, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "w.pth")
+    with pytest.raises(UserError, match=message) as caught:
+        read_weights(tmp_path / "w.pth")
+    assert "w.pth" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, {"num_classes": 3, "width": 0.125, "sma_blocks": [2, 3], "timesteps": 4, "branch_activation": "lif"}),
+        (
+            {"T": 6, "sma_blocks": [1, 4], "branch_activation": "relu", "width": 0.25, "num_classes": 7},
+            {"num_classes": 7, "width": 0.25, "sma_blocks": [1, 4], "timesteps": 6, "branch_activation": "relu"},
+        ),
+        ({"sma_blocks": []}, {"num_classes": 3, "width": 0.125, "sma_blocks": []}),
+    ],
+)
+def test_the_network_is_told_from_the_shapes(arguments, expected):
+    assert describe_vgg8(small(**arguments).state_dict()) == expected
+
+
+def test_foreign_weights_tell_nothing():
+    assert describe_vgg8(nn.Linear(2, 2).state_dict()) == {}
+
+
+def make(directory, recipe=None, seed=0):
+    torch.manual_seed(seed)
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(net.parameters())
+    return Checkpoints(directory, recipe or {"lr": 0.1, "epochs": 5}, ALONE, net, optimizer=optimizer), net, optimizer
+
+
+def step(net, optimizer):
+    net(torch.randn(4, 2)).pow(2).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_run_continues_bit_exactly(tmp_path):
+    saved, net, optimizer = make(tmp_path)
+    step(net, optimizer)
+    saved.save(1, acc1=40.0)
+    step(net, optimizer)  # the uninterrupted run goes on
+    expected = {k: v.clone() for k, v in net.state_dict().items()}
+
+    continued, net, optimizer = make(tmp_path, seed=9)
+    assert continued.resume("auto") == 1
+    assert continued.best == {"acc1": 40.0, "epoch": 1}
+    step(net, optimizer)
+    assert same(net.state_dict(), expected)
+
+
+def test_best_is_kept_apart_from_last(tmp_path):
+    checkpoints, net, optimizer = make(tmp_path)
+    for epoch, acc1 in [(1, 10.0), (2, 30.0), (3, 20.0)]:
+        step(net, optimizer)
+        checkpoints.save(epoch, acc1)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert (best["epoch"], last["epoch"]) == (2, 3)
+    assert last["best"] == {"acc1": 30.0, "epoch": 2}
+    assert same(last["model"], net.state_dict()) and not same(best["model"], last["model"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt"]
+
+
+def test_another_recipe_is_refused_with_the_differing_fields(tmp_path):
+    make(tmp_path)[0].save(1, 10.0)
+    with pytest.raises(UserError, match=r"lr is 0\.1 there and 0\.2 here; give the same"):
+        make(tmp_path, {"lr": 0.2, "epochs": 5})[0].resume("auto")
+
+
+def test_never_refuses_to_write_over_a_run(tmp_path):
+    assert make(tmp_path)[0].resume("never") == 0
+    make(tmp_path)[0].save(1, 10.0)
+    with pytest.raises(UserError, match="already holds a run"):
+        make(tmp_path)[0].resume("never")
+
+
+def test_a_named_checkpoint_continues_elsewhere_but_not_over_another_run(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    make(tmp_path / "a")[0].save(2, 10.0)
+    assert make(tmp_path / "b")[0].resume(str(tmp_path / "a" / "last.pt")) == 2
+    make(tmp_path / "b")[0].save(1, 10.0)
+    with pytest.raises(UserError, match="would overwrite the run"):
+        make(tmp_path / "b")[0].resume(str(tmp_path / "a" / "last.pt"))
+
+
+def test_bare_weights_are_no_checkpoint(tmp_path):
+    torch.save({"model": nn.Linear(2, 2).state_dict()}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"it lacks .*weights alone are loaded with --weights"):
+        make(tmp_path)[0].resume(str(tmp_path / "w.pt"))
+
+
+def test_a_failed_save_leaves_the_previous_file(tmp_path, monkeypatch):
+    checkpoints, _, _ = make(tmp_path)
+    checkpoints.save(1, 10.0)
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="cannot be written: No space left"):
+        checkpoints.save(2, 5.0)
+    assert (tmp_path / "last.pt").read_bytes() == before

@@ -1,0 +1,223 @@
+"""Losses, training steps and exact evaluation; several processes against one."""
+
+import math
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models import SMA, VGG8
+from models.neurons import reset_net
+from utils.distributed import broadcast_buffers
+from utils.engine import evaluate, train_one_epoch
+from utils.errors import UserError
+from utils.losses import mse_of_mean, tet
+
+CPU = torch.device("cpu")
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    return VGG8(**{"T": 4, "num_classes": 3, "width": 0.125, "AZO": True, "RCR": 4, "RTR": 2, **changes})
+
+
+def samples(count):
+    generator = torch.Generator().manual_seed(1)
+    frames = torch.poisson(torch.full((count, 4, 2, 32, 32), 0.5), generator=generator)
+    return frames, torch.randint(0, 3, (count,), generator=generator)
+
+
+def batches(frames, labels, size):
+    return list(zip(frames.split(size), labels.split(size), strict=True))
+
+
+def test_mse_of_mean_is_its_definition():
+    logits = torch.tensor([[[1.0, 0.0]], [[0.0, 4.0]]])  # [T=2, B=1, K=2]; the mean over T is [0.5, 2]
+    assert mse_of_mean(logits, torch.tensor([1])).item() == pytest.approx((0.5**2 + 1.0**2) / 2)
+
+
+def test_tet_is_the_mean_over_time_of_the_cross_entropy():
+    logits = torch.randn(5, 3, 4)
+    labels = torch.tensor([2, 0, 3])
+    expected = torch.stack([nn.functional.cross_entropy(logits[t], labels) for t in range(5)]).mean()
+    torch.testing.assert_close(tet(logits, labels), expected)
+
+
+@pytest.mark.parametrize("criterion", [mse_of_mean, tet])
+def test_evaluation_does_not_depend_on_the_batch_size(criterion):
+    net, (frames, labels) = small(), samples(13)
+    results = [evaluate(net, batches(frames, labels, size), criterion, CPU) for size in (1, 4, 13)]
+    assert {(r["correct"], r["count"]) for r in results} == {(results[0]["correct"], 13)}
+    assert results[0]["acc1"] == 100 * results[0]["correct"] / 13
+    for result in results[1:]:
+        assert result["loss"] == pytest.approx(results[0]["loss"], rel=1e-6)
+
+
+def test_evaluation_counts_what_the_network_predicts():
+    net, (frames, labels) = small(), samples(9)
+    net.eval()
+    with torch.no_grad():
+        predicted = net(frames.transpose(0, 1)).mean(0).argmax(1)
+    result = evaluate(net, batches(frames, labels, 4), mse_of_mean, CPU)
+    assert result["correct"] == (predicted == labels).sum().item()
+
+
+def test_evaluation_changes_no_weights_and_leaves_no_potential():
+    net, (frames, labels) = small(), samples(4)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    net(frames.transpose(0, 1).contiguous())  # a batch that nobody reset
+    first = evaluate(net, batches(frames, labels, 2), mse_of_mean, CPU)
+    assert first == evaluate(net, batches(frames, labels, 2), mse_of_mean, CPU)
+    changed = [k for k, v in net.state_dict().items() if not torch.equal(v, before[k])]
+    assert all("running_" in k or "num_batches" in k for k in changed)  # of the forward pass in training mode above
+    assert all(not torch.is_tensor(m.v) for m in net.modules() if hasattr(m, "v_threshold"))
+
+
+def train(net, data, criterion=mse_of_mean, amp="off"):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return train_one_epoch(net, data, criterion, optimizer, scaler, CPU, amp)
+
+
+def test_training_takes_the_step_of_plain_autograd():
+    (frames, labels), net, expected = samples(4), small(), small()
+    torch.manual_seed(5)
+    result = train(net, batches(frames, labels, 4))
+    torch.manual_seed(5)
+    loss = mse_of_mean(expected(frames.transpose(0, 1).contiguous()), labels)
+    loss.backward()
+    torch.optim.SGD(expected.parameters(), lr=0.1).step()
+    assert result["loss"] == pytest.approx(loss.item(), rel=1e-6) and result["count"] == 4
+    for a, b in zip(net.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bf16_training_computes_in_bf16_and_keeps_float32_weights():
+    net, seen = small(), []
+    net.block1[0][0].register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    train(net, batches(*samples(4), 4), amp="bf16")
+    assert seen == [torch.bfloat16]
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("poison", ["input", "weights"])
+def test_divergence_stops_with_the_learning_rate(poison):
+    (frames, labels), net = samples(4), small()
+    if poison == "input":
+        frames[2] = math.inf  # the loss stays finite: neurons that get nan do not spike
+    else:
+        net.others[8].weight.data[0] = math.inf
+    with pytest.raises(UserError, match=r"training diverged at learning rate 0\.1"):
+        train(net, batches(frames, labels, 4))
+
+
+# Several processes --------------------------------------------------------------------------------------------------
+
+
+def in_processes(count, function, tmp_path):
+    """Run ``function(rank, count)`` in real processes of one group; their results in rank order."""
+    mp.spawn(_join_and_run, args=(count, function, str(tmp_path)), nprocs=count)
+    return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(count)]
+
+
+def _join_and_run(rank, count, function, folder):
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, f"store{count}"), count)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
+    try:
+        torch.save(function(rank, count), os.path.join(folder, f"{rank}.pt"))
+    finally:
+        dist.destroy_process_group()
+
+
+def evaluate_a_shard(rank, count):
+    frames, labels = samples(11)
+    return evaluate(small(), batches(frames[rank::count], labels[rank::count], 3), tet, CPU)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_evaluation_is_the_same_in_any_number_of_processes(count, tmp_path):
+    alone = evaluate_a_shard(0, 1)
+    for result in in_processes(count, evaluate_a_shard, tmp_path):
+        assert (result["correct"], result["count"]) == (alone["correct"], 11)
+        assert result["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+def evaluate_with_own_statistics(rank, count):
+    net = small()
+    for buffer in net.buffers():  # as after training, where every process has BatchNorm statistics of its own
+        if buffer.is_floating_point():
+            buffer.add_(rank)
+    frames, labels = samples(6)
+    return evaluate(net, batches(frames, labels, 6), tet, CPU)
+
+
+def test_all_processes_evaluate_the_network_of_the_first(tmp_path):
+    alone = evaluate_with_own_statistics(0, 1)
+    for result in in_processes(2, evaluate_with_own_statistics, tmp_path):
+        assert result["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+def frozen(net):
+    """Training mode without what is per process: BatchNorm uses stored statistics, no AZO, no dropout."""
+    without_dropout(net)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+        if isinstance(module, SMA):
+            module.AZO = False
+    return net
+
+
+def without_dropout(net):
+    for module in net.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return net
+
+
+def gradients(rank, count, prepare=frozen):
+    net = prepare(small())
+    wrapped = DistributedDataParallel(net) if count > 1 else net
+    frames, labels = samples(8)
+    size = 8 // count
+    part = slice(rank * size, (rank + 1) * size)
+    mse_of_mean(wrapped(frames[part].transpose(0, 1).contiguous()), labels[part]).backward()
+    reset_net(net)
+    return {name: p.grad for name, p in net.named_parameters()}
+
+
+def test_two_processes_with_half_the_batch_have_the_gradients_of_one(tmp_path):
+    alone = gradients(0, 1)
+    assert max(grad.abs().max() for grad in alone.values()) > 1e-3
+    for result in in_processes(2, gradients, tmp_path):
+        for name, grad in alone.items():
+            torch.testing.assert_close(result[name], grad, rtol=1e-4, atol=1e-7)
+
+
+def gradients_in_training_mode(rank, count):
+    return gradients(rank, count, without_dropout)
+
+
+def test_batch_statistics_and_zoneout_are_per_process(tmp_path):
+    """In training mode BatchNorm and AZO see the local batch: the gradients are those of each half, averaged."""
+    alone = gradients_in_training_mode(0, 1)
+    first, second = in_processes(2, gradients_in_training_mode, tmp_path)
+    assert all(torch.equal(first[name], second[name]) for name in alone)  # DDP gives both the same
+    name = "block3.0.0.weight"
+    assert (first[name] - alone[name]).abs().max() > 0.01 * alone[name].abs().max()
+
+
+def broadcast(rank, count):
+    net = nn.BatchNorm1d(2)
+    net.running_mean += rank + 5
+    broadcast_buffers(net)
+    return net.running_mean
+
+
+def test_broadcast_buffers_gives_the_first_process_s(tmp_path):
+    assert [r.tolist() for r in in_processes(2, broadcast, tmp_path)] == [[5.0, 5.0], [5.0, 5.0]]

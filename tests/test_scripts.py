@@ -1,0 +1,279 @@
+"""The event scripts as a user runs them: every promised file and flag, mistakes, processes, interruption."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from models import sma_vgg8_cifar10dvs, sma_vgg8_dvs128, sma_vgg8_ncaltech101
+from tests.conftest import ROOT, SCRIPTS, SMALL
+from utils.checkpoint import load_weights, read_weights
+
+OTHER = {"dvs128": [], "cifar10dvs": ["--RCR", "4"], "ncaltech101": ["--RCR", "4"]}
+
+
+def rows(output):
+    with (output / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same_weights(a, b):
+    a, b = read_weights(a)[0], read_weights(b)[0]
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def cifar_data(tmp_path_factory):
+    from tests.conftest import write_events
+
+    root = tmp_path_factory.mktemp("cifar")
+    for label, name in enumerate(("bird", "frog")):
+        for number in range(10):
+            write_events(root / f"events_np/{name}/cifar10_{name}_{number}.npz", 10 * label + number)
+    return root
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_a_run_writes_everything_that_is_promised_and_its_weights_evaluate(
+    name, script, gesture_data, folder_data, cifar_data, tmp_path
+):
+    data = {"dvs128": gesture_data, "cifar10dvs": cifar_data, "ncaltech101": folder_data}[name]
+    output = tmp_path / "run"
+    code, out, err = script(
+        name, *SMALL, *OTHER[name], "--data-dir", data, "--output-dir", output, "--epochs", 2, "--RTR", 2
+    )
+    assert code == 0, err
+    assert [line for line in out.splitlines() if line.startswith(("epoch 1/2", "epoch 2/2"))]
+    header = ("data:", "split:", "network:", "neurons:", "precision:", "batch:", "versions:", "output:", "deviations:")
+    assert all(any(line.startswith(fact) for line in out.splitlines()) for fact in header)
+    assert "timesteps 4 instead of" in out and "width 0.125 instead of 1.0" in out
+
+    assert [row["epoch"] for row in rows(output)] == ["1", "2"]
+    assert list(rows(output)[0]) == ["epoch", "train_loss", "train_acc1", "test_loss", "test_acc1", "lr", "seconds"]
+    assert json.loads((output / "args.json").read_text())["args"]["timesteps"] == 4
+    assert list(output.glob("events.out.tfevents.*"))
+    evaluation = json.loads((output / "evaluation.json").read_text())
+    assert evaluation["acc1"] == 100 * evaluation["correct"] / evaluation["count"]
+    assert float(rows(output)[-1]["test_loss"]) == pytest.approx(evaluation["loss"], rel=1e-6)
+    assert float(rows(output)[-1]["test_acc1"]) == pytest.approx(evaluation["acc1"])
+    for file in ("last.pt", "best.pt"):
+        assert all(key.startswith(("block", "others")) for key in torch.load(output / file, weights_only=True)["model"])
+
+    # No other flag than the data: T, width, classes, blocks and the frame size are told from the file.
+    again = tmp_path / "evaluated"
+    arguments = ["--evaluate", "--weights", output / "last.pt", "--data-dir", data, "--output-dir", again]
+    code, _, err = script(name, *arguments, "--device", "cpu", "--batch-size", 3)
+    assert code == 0, err
+    repeated = json.loads((again / "evaluation.json").read_text())
+    assert (repeated["correct"], repeated["count"]) == (evaluation["correct"], evaluation["count"])
+    assert repeated["loss"] == pytest.approx(evaluation["loss"], rel=1e-6)
+    assert repeated["split"] == evaluation["split"]
+    assert not (again / "last.pt").exists()
+
+
+def test_the_same_command_on_a_finished_run_evaluates_it_again(script, gesture_data, tmp_path):
+    command = ["dvs128", *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path, "--epochs", 1]
+    assert script(*command)[0] == 0
+    before = (tmp_path / "last.pt").read_bytes(), rows(tmp_path)
+    code, out, err = script(*command)
+    assert code == 0 and "epoch 1/1" not in out, err
+    assert ((tmp_path / "last.pt").read_bytes(), rows(tmp_path)) == before
+
+
+def test_published_spellings_are_kept(script, gesture_data, tmp_path):
+    code, _, err = script(
+        "dvs128", *SMALL, "--data-dir", gesture_data, "-N", 1, "--learning-rate", "0.01", "--decay", "0.1",
+        "--model-output-dir", tmp_path / "out", "--log-dir", tmp_path / "log", "--local_rank", 0, "--no-AZO",
+    )  # fmt: skip
+    assert code == 0, err
+    args = json.loads((tmp_path / "out/args.json").read_text())["args"]
+    assert (args["epochs"], args["lr"], args["decay"], args["AZO"]) == (1, 0.01, 0.1, False)
+    assert list((tmp_path / "log").glob("events.out.tfevents.*"))
+
+
+def test_training_can_start_from_weights(script, gesture_data, tmp_path):
+    torch.manual_seed(3)
+    start = sma_vgg8_dvs128(T=4, width=0.125, AZO=False)
+    torch.save({"net": {"module." + k: v for k, v in start.state_dict().items()}}, tmp_path / "start.pth")
+    code, _, err = script(
+        "dvs128", *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path / "out", "--epochs", 1, "--lr", "1e-12",
+        "--weights", tmp_path / "start.pth",
+    )  # fmt: skip
+    assert code == 0, err
+    trained = sma_vgg8_dvs128(T=4, width=0.125)
+    load_weights(trained, tmp_path / "out/last.pt")
+    for a, b in zip(trained.parameters(), start.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+# A user's mistakes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--data-dir", "nowhere"], "DVS128 Gesture is not in --data-dir nowhere; download DvsGesture.tar.gz"),
+        (["--data-dir", "empty"], "DVS128 Gesture is not in --data-dir empty; download DvsGesture.tar.gz"),
+        (["--batch-size", "0"], "argument -b/--batch-size: '0' must be a whole number of at least 1"),
+        (["--batch-size", "100"], "--batch-size 100 for 1 process(es) needs 100 training samples and there are 22"),
+        (["--lr", "nan"], "argument --lr/--learning-rate: 'nan' must be a finite number above 0"),
+        (["--lr", "0"], "argument --lr/--learning-rate: '0' must be a finite number above 0"),
+        (["--decay", "-1"], "argument --decay: '-1' must be a finite number of at least 0"),
+        (["-T", "0"], "argument -T/--timesteps: '0' must be a whole number of at least 1"),
+        (["-T", "2"], "T_reduction=4 leaves no unit for time=2; use 1 to 2"),
+        (["--RTR", "5"], "RTR=5 leaves AZO no step of time=4; use 1 to 4"),
+        (["--RTR", "0"], "argument --RTR: '0' must be a whole number of at least 1"),
+        (["--RCR", "99"], "RCR=99 leaves AZO no channel of channel=16; use 1 to 16"),
+        (["--sma-blocks", "6"], "sma_blocks=[6] must name blocks from 1 to 5"),
+        (["--width", "1000"], "width=1000.0 must be above 0 and at most 16"),
+        (["--width", "0.01"], "C_reduction=4 leaves no unit for channel=1"),
+        (["--frame-size", "16"], "argument --frame-size: '16' must be N or HxW in whole pixels of at least 32"),
+        (["--device", "tpu9"], "--device 'tpu9' is unknown; use cpu, cuda or cuda:N"),
+        (["--backend", "cupy"], "--backend cupy cannot be used"),
+        (["--amp", "fp16"], "--amp fp16 needs a GPU"),
+        (["--demo"], "--demo makes its own data; leave out either --demo or --data-dir"),
+        (["--evaluate"], "--evaluate needs --weights FILE"),
+        (["--resume", "nothing.pt"], "file nothing.pt does not exist"),
+        (["--weights", "page.pth"], "file page.pth is a web page, not weights"),
+        (["--weights", "cut.pth"], "file cut.pth is damaged or is no weights file"),
+        (["--weights", "T5.pth"], "--timesteps 4 does not fit weights file T5.pth, which was trained with 5"),
+        (["--weights", "classes.pth"], "2 of another shape: others.8.weight [12, 128] instead of [11, 128]"),
+        (["--weights", "foreign.pth"], "unexpected: weight, bias"),
+        (["--output-dir", "file"], "--output-dir file cannot be used: file is a file"),
+        (["--epochs", "1.5"], "argument -N/--epochs/--epoch: '1.5' must be a whole number of at least 1"),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, sentence, script, gesture_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "page.pth").write_text("<html>quota exceeded</html>")
+    for name, changes in {"T5": {"T": 5}, "classes": {"num_classes": 12}}.items():
+        torch.save(sma_vgg8_dvs128(**{"T": 4, "width": 0.125, **changes}).state_dict(), f"{name}.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "T5.pth").read_bytes()[:9999])
+    torch.save(torch.nn.Linear(1, 1).state_dict(), "foreign.pth")
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    common = [*SMALL, "--data-dir", gesture_data, "--RTR", "2"]
+    code, _, err = script("dvs128", *common, *arguments)
+    assert code == 2
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("vgg8_dvs128_SMA.py: error: "), err
+    assert sentence in lines[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == before  # nothing was written
+
+
+def test_a_run_of_another_recipe_is_not_written_over(script, gesture_data, tmp_path):
+    command = ["dvs128", *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path, "--epochs", 1]
+    assert script(*command)[0] == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    code, _, err = script(*command, "--lr", "0.5", "--no-AZO")
+    assert code == 2 and "AZO is True there and False here; lr is 0.0001 there and 0.5 here" in err
+    assert script(*command, "--resume", "never")[0] == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_damaged_frame_file_is_named_by_a_loader_process(script, gesture_data, tmp_path):
+    import shutil
+
+    assert script("dvs128", *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path / "a", "--epochs", 1)[0] == 0
+    shutil.copytree(gesture_data / "frames_number_4_split_by_number", tmp_path / "d/frames_number_4_split_by_number")
+    broken = tmp_path / "d/frames_number_4_split_by_number/train/5/user01_0.npz"
+    broken.write_bytes(broken.read_bytes()[:200])
+    arguments = ["--data-dir", tmp_path / "d", "--output-dir", tmp_path / "b", "--epochs", 1, "--num-workers", 2]
+    code, _, err = script("dvs128", *SMALL, *arguments)
+    lines = [line for line in err.splitlines() if line]
+    assert code == 2 and len(lines) == 1
+    assert lines[0].startswith(f"vgg8_dvs128_SMA.py: error: frame file {broken} cannot be read")
+
+
+# Real processes -----------------------------------------------------------------------------------------------------
+
+
+def test_one_two_and_three_processes_evaluate_to_the_same_counts(launch, gesture_data, tmp_path):
+    torch.manual_seed(0)
+    torch.save(sma_vgg8_dvs128(T=4, width=0.125).state_dict(), tmp_path / "w.pth")
+    results = []
+    for count in (1, 2, 3):
+        output = tmp_path / str(count)
+        arguments = ["--data-dir", gesture_data, "--output-dir", output, "--frame-size", 32, "--device", "cpu"]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count] if count > 1 else []
+        done = launch(
+            [*launcher, SCRIPTS["dvs128"], "--evaluate", "--weights", tmp_path / "w.pth", *arguments, "-b", 5]
+        )
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((output / "evaluation.json").read_text()))
+    assert len({(r["correct"], r["count"]) for r in results}) == 1 and results[0]["count"] == 11
+    for result in results[1:]:
+        assert result["loss"] == pytest.approx(results[0]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "launcher", [["torch.distributed.run", "--standalone"], ["torch.distributed.launch", "--master_port=29517"]],
+    ids=["torchrun", "launch"],
+)  # fmt: skip
+def test_two_processes_train_one_run(launcher, launch, gesture_data, tmp_path):
+    command = ["-m", *launcher, "--nproc_per_node=2", SCRIPTS["dvs128"], *SMALL, "--data-dir", gesture_data]
+    done = launch([*command, "--output-dir", tmp_path, "--epochs", 1])
+    assert done.returncode == 0, done.stderr
+    assert "2 on CPU" in done.stdout and "4 per process, 8 global" in done.stdout
+    assert done.stdout.count("epoch 1/1") == 1
+    assert len(rows(tmp_path)) == 1
+    assert json.loads((tmp_path / "evaluation.json").read_text())["count"] == 11
+
+
+def test_a_killed_run_continues_bit_exactly_by_the_same_command(launch, gesture_data, tmp_path):
+    command = [SCRIPTS["dvs128"], *SMALL, "--data-dir", gesture_data, "--epochs", 6]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert launch([*command, "--output-dir", whole]).returncode == 0
+
+    arguments = [sys.executable, *map(str, [*command, "--output-dir", killed])]
+    process = subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as launch has it: the number of threads changes sums
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (killed / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(rows(killed)) < 6
+    done = launch([*command, "--output-dir", killed])
+    assert done.returncode == 0, done.stderr
+    assert same_weights(killed / "last.pt", whole / "last.pt")
+    unwrapped = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(whole)]
+    assert [{k: v for k, v in row.items() if k != "seconds"} for row in rows(killed)] == unwrapped
+
+
+def test_ctrl_c_ends_with_a_sentence(gesture_data, tmp_path):
+    command = [sys.executable, SCRIPTS["dvs128"], *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; every finished epoch is saved" in err and "Traceback" not in err
+
+
+def test_the_factories_are_the_recipes():
+    for factory, T, classes, RCR in (
+        (sma_vgg8_dvs128, 16, 11, 10), (sma_vgg8_cifar10dvs, 10, 10, 4), (sma_vgg8_ncaltech101, 14, 101, 24),
+    ):  # fmt: skip
+        net = factory()
+        sma = net.block2[1]
+        assert (net.T, net.num_classes, sma.RCR, sma.RTR, sma.AZO) == (T, classes, RCR, 4, True)
+        assert net.sma_blocks == (2, 3)
