@@ -461,7 +461,25 @@ def _check_archives(about: DataSet, data_dir: Path) -> None:
 
 def _spikingjelly_class(about: DataSet) -> type:
     module, _, name = about.reader.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    with _torchaudio_or_placeholder():
+        return getattr(importlib.import_module(module), name)
+
+
+@contextlib.contextmanager
+def _torchaudio_or_placeholder() -> Iterator[None]:
+    """SpikingJelly 2.x imports torchaudio with every data set, for speech; its newest release refuses a newer torch."""
+    try:
+        importlib.import_module("torchaudio")
+    except Exception:  # RuntimeError for another CUDA, OSError for another torch, ImportError where it is absent
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
+            del sys.modules[name]
+        sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+        try:
+            yield
+        finally:
+            del sys.modules["torchaudio"]
+    else:
+        yield
 
 
 def _run_spikingjelly(about: DataSet, root: Path, frames_name: str, T: int) -> None:
