@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.conftest import write_events
-from utils import datasets
 from utils.datasets import event_loaders, flip_and_shift, load_event_data, set_epoch
 from utils.distributed import Process
 from utils.errors import DataError, UserError
+from utils.frames import DATA_SETS, _spikingjelly_class
 
 
 def process(rank=0, world_size=1):
@@ -146,9 +146,9 @@ def test_a_damaged_frame_file_is_named(damage, message, gesture_data, tmp_path):
     assert str(data.train.files[7][0]) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", sorted(datasets.DATA_SETS))
+@pytest.mark.parametrize("name", sorted(DATA_SETS))
 def test_a_missing_data_set_tells_where_to_get_it_and_of_the_demo(name, tmp_path):
-    about = datasets.DATA_SETS[name]
+    about = DATA_SETS[name]
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(UserError) as caught:
             load_event_data(name, folder, 4)
@@ -331,6 +331,6 @@ def test_a_folder_that_cannot_be_written_is_an_error_in_one_sentence(gesture_dat
 
 
 def test_published_checksums_are_used():
-    for about in datasets.DATA_SETS.values():
-        published = {name: md5 for name, _, md5 in datasets._spikingjelly_class(about).resource_url_md5()}
+    for about in DATA_SETS.values():
+        published = {name: md5 for name, _, md5 in _spikingjelly_class(about).resource_url_md5()}
         assert all(len(published[name]) == 32 for name in about.archives)

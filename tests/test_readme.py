@@ -1,0 +1,59 @@
+"""README.md stays true: its commands parse, its example runs, its files exist."""
+
+import contextlib
+import io
+import re
+import shlex
+
+from tests.conftest import ROOT, SCRIPTS
+from utils.args import _event_parser
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPE = {
+    "timesteps": 1, "RCR": 1, "RTR": 1, "batch_size": 1, "epochs": 1, "lr": 1.0, "decay": 1.0, "seed": 0,
+    "split_seed": 0, "flip": True,
+}  # fmt: skip
+
+
+def code(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_two_commands_stand_alone_on_one_line():
+    lines = README.splitlines()
+    assert lines.count("pip install -r requirements.txt && python vgg8_dvs128_SMA.py --demo") == 1
+    assert lines.count("pip install -r requirements-dev.txt && python -m pytest") == 1
+
+
+def test_every_command_of_a_script_parses():
+    commands = [line for block in code("bash") for line in block.splitlines()] + re.findall(r"`(python [^`]*)`", README)
+    found = 0
+    for command in commands:
+        words = shlex.split(command.partition("&& ")[2] or command)
+        script = next((word for word in words if word in {path.name for path in SCRIPTS.values()}), None)
+        if script is not None:
+            _event_parser("", RECIPE).parse_args(words[words.index(script) + 1 :])
+            found += 1
+    assert found >= 7
+
+
+def test_every_flag_that_is_named_exists():
+    known = {option for action in _event_parser("", RECIPE)._actions for option in action.option_strings}
+    launchers = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", README)) <= known | launchers
+
+
+def test_the_example_runs_and_prints_what_its_comment_says():
+    (example,) = code("python")
+    expected = re.search(r"print\(y.shape\)  # (.*)", example).group(1)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(example, {})
+    assert printed.getvalue().strip() == expected
+
+
+def test_files_and_links_inside_the_repository_exist():
+    named = set(re.findall(r"\]\((?!http)([^)]+)\)", README)) | {"LICENSE", "CITATION.cff", "requirements-dev.txt"}
+    named |= set(re.findall(r"`((?:models|tools|tests)/[\w./]+)`", README))
+    assert len(named) >= 6
+    assert all((ROOT / name).exists() for name in named), [name for name in named if not (ROOT / name).exists()]
