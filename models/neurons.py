@@ -38,8 +38,55 @@ def _has_backends() -> bool:
     return hasattr(functional, "set_backend")
 
 
+class _LIFSequence(torch.autograd.Function):
+    """All steps of the LIF neuron of :func:`lif` on a CPU, with the surrogate gradient of ATan and a detached reset.
+
+    The same operations in the same order as SpikingJelly's, so the same bits forward. SpikingJelly lets autograd
+    record some ten small operations a step, and the backward of every ``x[t]`` fills a tensor of all steps with zeros.
+    Here only the potential before the reset is kept, and the backward has one pass over it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x: Tensor, v: Tensor, tau: float, threshold: float, alpha: float
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs ``x`` ``[T, ...]`` and the potential ``v`` ``[...]`` to spikes ``[T, ...]`` and the last potential."""
+        potentials = torch.empty_like(x)  # before the reset
+        spikes = torch.empty_like(x)
+        for t in range(x.shape[0]):
+            torch.sub(x[t], v, out=potentials[t])
+            potentials[t].div_(tau).add_(v)
+            fired = potentials[t] >= threshold
+            spikes[t] = fired
+            v = potentials[t].masked_fill(fired, 0.0)
+        ctx.save_for_backward(potentials)
+        ctx.tau, ctx.threshold, ctx.alpha = tau, threshold, alpha
+        return spikes, v
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad_spikes: Tensor, grad_v: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs and of the first potential."""
+        (potentials,) = ctx.saved_tensors
+        # ATan: d spike / d u = (alpha / 2) / (1 + (pi / 2 * alpha * (u - threshold))^2), for all steps at once.
+        grad_x = (potentials - ctx.threshold).mul_(torch.pi / 2 * ctx.alpha).square_().add_(1.0).reciprocal_()
+        grad_x.mul_(ctx.alpha / 2).mul_(grad_spikes)
+        for t in reversed(range(len(potentials))):
+            kept = grad_v.masked_fill(potentials[t] >= ctx.threshold, 0.0)  # a reset passes no gradient on
+            grad_x[t].add_(kept).div_(ctx.tau)
+            # u = x / tau + (1 - 1 / tau) v
+            grad_v = grad_x[t] * (ctx.tau - 1.0)
+        return grad_x, grad_v, None, None, None
+
+
 class _LIFNode(neuron.LIFNode):
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+        if x_seq.device.type == "cpu" and not self.store_v_seq:
+            v = self.v if torch.is_tensor(self.v) else torch.zeros_like(x_seq[0])
+            spikes, self.v = _LIFSequence.apply(x_seq, v, self.tau, self.v_threshold, self.surrogate_function.alpha)
+            return spikes
         # The CuPy kernels of 0.0.0.0.14 know float32 and float16 only, and raise on bfloat16 autocast.
         if x_seq.dtype == torch.bfloat16 and getattr(self, "backend", "torch") == "cupy":
             return super().multi_step_forward(x_seq.float()).to(torch.bfloat16)

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from spikingjelly.activation_based import functional, neuron
+from spikingjelly.activation_based import functional, neuron, surrogate
 
 from models import VGG8, neurons
 
@@ -32,6 +32,38 @@ def test_the_surrogate_gradient_is_atan_with_alpha_2():
     x = torch.tensor([[1.0]], requires_grad=True)  # u = 0.5, so u - threshold = -0.5
     neurons.lif()(x).sum().backward()
     assert x.grad.item() == pytest.approx(0.5 * 1.0 / (1 + (torch.pi * -0.5) ** 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_cpu_path_is_spikingjelly_s_neuron(dtype):
+    """Bit-equal spikes and potentials, gradients to rounding, over two calls without a reset between."""
+    torch.manual_seed(0)
+    theirs = neuron.LIFNode(
+        tau=2.0, v_threshold=1.0, v_reset=0.0, detach_reset=True, surrogate_function=surrogate.ATan(), step_mode="m"
+    )
+    ours = neurons.lif()
+    x = (2 * torch.randn(2, 6, 3, 5, 7) + 1).to(dtype)
+    weights = torch.randn(2, 6, 3, 5, 7).to(dtype)
+    inputs, outputs, potentials = [], [], []
+    for node in (theirs, ours):
+        inputs.append(x.clone().requires_grad_())
+        first, second = node(inputs[-1][0]), node(inputs[-1][1])
+        outputs.append(torch.stack([first, second]))
+        potentials.append(node.v)
+        ((outputs[-1] * weights).sum() + node.v.sum()).backward()
+    assert 0.2 < outputs[0].float().mean() < 0.8
+    assert torch.equal(*outputs) and torch.equal(*potentials)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=tolerance, atol=tolerance)
+
+
+def test_a_reset_forgets_the_potential():
+    lif = neurons.lif()
+    x = torch.full((3, 2), 0.9)
+    first = lif(x)
+    lif(x)
+    neurons.reset_net(lif)
+    assert lif.v == 0.0 and torch.equal(lif(x), first)
 
 
 def test_on_a_cpu_the_backend_is_torch():
