@@ -12,9 +12,10 @@ from utils.demo import GESTURES, TEST_SUBJECTS, TRAIN_SUBJECTS, TRIALS, render_e
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# What a linear classifier of the per-pixel event counts may reach, in percent. Perfect knowledge of a gesture's group
-# and guessing inside it would give 4 of 11; SMA-VGG8 is trained to 75 and more by --demo.
-LINEAR_PROBE_BOUND = 52.0
+# What a linear classifier of the per-pixel event counts may reach, in percent, its strength and its features chosen on
+# the test data in its favour (that is worth some 5 points). Perfect knowledge of a gesture's group and guessing inside
+# it gives 5 of 11, or 45.
+LINEAR_PROBE_BOUND = 57.0
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def check_events(events, height: int, width: int) -> None:
     assert set(events) == {"t", "x", "y", "p"}
     t, x, y, p = (events[key] for key in "txyp")
     assert len(t) == len(x) == len(y) == len(p)
-    assert 1000 <= len(t) <= 10000
+    assert 1000 <= len(t) <= 20000
     assert t.dtype == np.int64 and t[0] == 0 and (np.diff(t) >= 0).all()
     assert 0.5e6 < t[-1] < 4e6  # a gesture takes seconds, in microseconds
     for values, limit in ((x, width), (y, height), (p, 2)):
@@ -59,7 +60,7 @@ def test_a_recording_is_a_function_of_its_arguments(gesture):
 
 @pytest.mark.parametrize("arguments", [(11, 0, 0), (-1, 0, 0), (0, -1, 0), (0, 0, -1)])
 def test_impossible_recordings_are_refused(arguments):
-    with pytest.raises(ValueError, match="gesture|negative"):
+    with pytest.raises(ValueError, match=r"gesture|negative"):
         render_events(*arguments)
 
 
