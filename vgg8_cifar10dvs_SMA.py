@@ -46,7 +46,7 @@ RECIPE = {
 # What --demo changes: small enough to learn in two minutes on two CPU cores.
 # Mirrored gestures would be other gestures.
 DEMO = {"width": 0.25, "frame_size": [32, 32], "keep_frames": True, "flip": False}
-DEMO |= {"batch_size": 16, "epochs": 12, "lr": 2e-3}
+DEMO |= {"batch_size": 16, "epochs": 16, "lr": 3e-3}
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> VGG8:

@@ -18,7 +18,7 @@ import torch
 from utils.checkpoint import describe_vgg8, read_weights
 from utils.errors import EXIT_USER_ERROR, UserError
 
-__all__ = ["deviations", "parse_event_args", "plain", "recipe_of"]
+__all__ = ["deviations", "parse_event_args", "plain", "recipe_of", "words"]
 
 COMMON: dict[str, Any] = {
     "data_dir": None,
@@ -77,6 +77,8 @@ def parse_event_args(
         UserError: arguments contradict each other or the weights file.
     """
     given = vars(_event_parser(description, recipe).parse_args(argv))
+    if "sma_blocks" in given:
+        given["sma_blocks"] = sorted(set(given["sma_blocks"]))
     told = _told_by_weights(given)
     demo = demo if given.get("demo", told.get("demo")) else {}
     args = argparse.Namespace(**{**COMMON, **recipe, **demo, **told, **given})
@@ -104,8 +106,7 @@ def recipe_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def deviations(args: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ from the published recipe: name to (published, used). An evaluation has those of the data
-    and the network only."""
+    """Settings (for an evaluation: of data and network) that differ from the recipe: name to (published, used)."""
     published = {**COMMON, "amp": "fp16", **recipe}
     used = recipe_of(args)
     if args.evaluate:
@@ -122,8 +123,8 @@ def _told_by_weights(given: dict[str, Any]) -> dict[str, Any]:
     for name, value in architecture.items():
         if name in given and given[name] != value:
             raise UserError(
-                f"--{name.replace('_', '-')} {_words(given[name])} does not fit weights file {given['weights']}, which "
-                f"was trained with {_words(value)}; leave the argument out"
+                f"--{name.replace('_', '-')} {words(given[name])} does not fit weights file {given['weights']}, which "
+                f"was trained with {words(value)}; leave the argument out"
             )
     stored = beside.get("recipe") if isinstance(beside.get("recipe"), dict) else {}
     inputs = {name: stored[name] for name in _INPUT_FIELDS if name in stored}
@@ -137,8 +138,11 @@ def plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-def _words(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def words(value: object) -> str:
+    """A setting as the user would write it."""
+    if value is None or isinstance(value, bool):
+        return {None: "unset", True: "on", False: "off"}[value]
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
 
 
 def _workers() -> int:

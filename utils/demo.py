@@ -18,8 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-# In alphabetical order: the label is then the same whether it is a folder's number (layout "gesture") or the rank of a
-# folder's name (layout "folders"), and the first K gestures are the labels 0..K-1 in both.
+# In alphabetical order: in the layout "folders" a label is the rank of its folder's name.
 GESTURES: tuple[str, ...] = (
     "circle_ccw",
     "circle_cw",

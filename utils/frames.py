@@ -21,6 +21,7 @@ import shutil
 import sys
 import time
 import types
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +170,7 @@ def _build(about: DataSet, data_dir: Path, frames_dir: Path, T: int) -> None:
         else:
             for archive in about.archives:
                 (temporary / "download" / archive).symlink_to((data_dir / "download" / archive).resolve())
-        print(f"making {T} frames per sample of {about.title} in {data_dir}, once ...", flush=True)
+        print(f"making {T} frames per sample in {data_dir}, once ...", flush=True)
         began = time.monotonic()
         _run_spikingjelly(about, temporary, frames_dir.name, T)
         for part in ("extract", "events_np", frames_dir.name):
@@ -246,8 +247,10 @@ def _run_spikingjelly(about: DataSet, root: Path, frames_name: str, T: int) -> N
     if not (root / "events_np").is_symlink():
         _refuse_lost(_unconverted(about, root), "recordings that cannot be read")
     if (root / frames_name).is_dir():
-        lost = _sample_paths(root / "events_np") - _sample_paths(root / frames_name)
-        _refuse_lost(sorted(lost), f"event files of {root.parent / 'events_np'} that cannot be read")
+        # A full disk or a kill leaves the beginning of a file: a zip archive without its end.
+        whole = {name for name in _sample_paths(root / frames_name) if zipfile.is_zipfile(root / frames_name / name)}
+        lost = _sample_paths(root / "events_np") - whole
+        _refuse_lost(sorted(lost), f"event files of {root.parent / 'events_np'} that gave no whole frames")
     elif failure is not None:
         raise UserError(
             f"SpikingJelly cannot make frames of {about.title}: {type(failure).__name__}: {failure}; see the data "
@@ -285,4 +288,4 @@ def _sample_paths(folder: Path) -> set[str]:
 def _refuse_lost(lost: Sequence[str], what: str) -> None:
     if lost:
         shown = ", ".join(lost[:10]) + (f" and {len(lost) - 10} more" if len(lost) > 10 else "")
-        raise UserError(f"{len(lost)} {what}: {shown}; replace or remove them")
+        raise UserError(f"{len(lost)} {what}: {shown}; replace or remove them, or make room")

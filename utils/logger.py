@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from models.neurons import spikingjelly_version
-from utils.args import plain
+from utils.args import plain, words
 from utils.datasets import EventData
 from utils.distributed import Process
 from utils.errors import UserError
@@ -49,7 +49,9 @@ class RunLog:
             return
         for name, value in lines.items():
             print(f"{name + ':':<12} {value}")
-        changed = ", ".join(f"{name} {used} instead of {published}" for name, (published, used) in deviations.items())
+        changed = ", ".join(
+            f"{name} {words(used)} instead of {words(published)}" for name, (published, used) in deviations.items()
+        )
         print(f"{'deviations:':<12} {changed or 'none'}", flush=True)
 
     def open(self, args: dict[str, Any], facts: dict[str, Any], epochs_done: int) -> None:
