@@ -259,7 +259,13 @@ def test_a_killed_run_continues_bit_exactly_by_the_same_command(launch, gesture_
 def test_ctrl_c_ends_with_a_sentence(gesture_data, tmp_path):
     command = [sys.executable, SCRIPTS["dvs128"], *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path]
     process = subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        list(map(str, command)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs with SIGINT ignored, and this test may run in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (tmp_path / "last.pt").exists() and process.poll() is None:
         time.sleep(0.05)
