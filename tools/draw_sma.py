@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file: the modules of the repository are one folder up
+    sys.path.insert(0, str(ROOT))
 
 from models.sma import _smallest, _zoneout_choice, attention_zoneout  # noqa: E402
+from utils.errors import UserError, exit_with_sentence  # noqa: E402
 
 # Okabe & Ito, "Color Universal Design" (2008).
 SCALE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
@@ -187,7 +187,7 @@ def draw_zoneout(ax: Axes, azo: Zoneout) -> None:
     cell, low = 0.23, 0.52
     top = low + CHANNELS * cell
     before, after = 1.5, 4.98
-    blues = plt.get_cmap("Blues")
+    blues = matplotlib.colormaps["Blues"]
 
     def square(left: float, t: float, c: float, inset: float = 0.0, **style: object) -> None:
         low_left, side = (left + t * cell + inset, top - (c + 1) * cell + inset), cell - 2 * inset
@@ -254,20 +254,25 @@ def draw_zoneout(ax: Axes, azo: Zoneout) -> None:
 def draw(output: Path) -> None:
     """Draw both panels and write ``output`` as PNG."""
     settings = {"font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "text.color": INK}
-    with plt.rc_context(settings):
-        figure = plt.figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor="white")
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor="white")
         ax = figure.add_axes((0, 0, 1, 1))
         ax.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
         ax.axis("off")
         draw_block(ax)
         draw_zoneout(ax, run_zoneout())
-        figure.canvas.draw()
-        pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
-        plt.close(figure)
+        canvas = FigureCanvasAgg(figure)  # without a window, on any machine
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
     # A palette makes the file a third of what savefig writes. Pillow is there: matplotlib writes PNG with it.
-    output.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(pixels).quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    picture.save(output, optimize=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(output, optimize=True)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture
+        raise UserError(
+            f"--output {output} cannot be written ({error}); give a .png file in a folder of yours"
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -282,4 +287,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_sentence(main)
