@@ -90,7 +90,7 @@ def main() -> None:
             load_weights(net, args.weights)
         log = RunLog(args.output_dir, process, args.log_dir)
         facts = describe_event_run(args, data, net, backend, process)
-        log.header(facts, deviations(args, RECIPE))
+        log.header(facts, deviations(args, RECIPE, process.world_size))
 
         if args.evaluate:
             result = evaluate(net, log.progress(test_batches, "test"), mse_of_mean, process.device)

@@ -53,6 +53,7 @@ def test_a_run_writes_everything_that_is_promised_and_its_weights_evaluate(
     header = ("data:", "split:", "network:", "neurons:", "precision:", "batch:", "versions:", "output:", "deviations:")
     assert all(any(line.startswith(fact) for line in out.splitlines()) for fact in header)
     assert "timesteps 4 instead of" in out and "width 0.125 instead of 1.0" in out
+    assert "processes 1 instead of 4" in out
 
     assert [row["epoch"] for row in rows(output)] == ["1", "2"]
     assert list(rows(output)[0]) == ["epoch", "train_loss", "train_acc1", "test_loss", "test_acc1", "lr", "seconds"]

@@ -49,6 +49,8 @@ _RECIPE_FIELDS = (
     "split", "split_seed", "flip", "batch_size", "epochs", "lr", "decay", "amp", "seed", "weights",
 )  # fmt: skip
 
+_PUBLISHED_PROCESSES = 4  # of all three runs on event data; the batch size is per process
+
 _EVALUATION_FIELDS = (
     "demo", "timesteps", "width", "sma_blocks", "branch_activation", "sensor_size", "frame_size", "split", "split_seed",
 )  # fmt: skip
@@ -105,10 +107,10 @@ def recipe_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: plain(getattr(args, name)) for name in _RECIPE_FIELDS if hasattr(args, name)}
 
 
-def deviations(args: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def deviations(args: argparse.Namespace, recipe: dict[str, Any], processes: int) -> dict[str, tuple[Any, Any]]:
     """Settings (for an evaluation: of data and network) that differ from the recipe: name to (published, used)."""
-    published = {**COMMON, "amp": "fp16", **recipe}
-    used = recipe_of(args)
+    published = {**COMMON, "amp": "fp16", "processes": _PUBLISHED_PROCESSES, **recipe}
+    used = {**recipe_of(args), "processes": processes}
     if args.evaluate:
         used = {name: value for name, value in used.items() if name in _EVALUATION_FIELDS}
     return {name: (published[name], value) for name, value in used.items() if value != published[name]}
