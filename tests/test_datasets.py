@@ -89,6 +89,8 @@ def test_frames_alone_are_enough(gesture_data, tmp_path):
     load_event_data("dvs128", gesture_data, 4)
     shutil.copytree(gesture_data / "frames_number_4_split_by_number", tmp_path / "frames_number_4_split_by_number")
     assert len(load_event_data("dvs128", tmp_path, 4).train) == 22
+    with pytest.raises(UserError, match=r"has frames for T = 4 and 5 are asked for; give one of these as -T"):
+        load_event_data("dvs128", tmp_path, 5)
 
 
 def test_frames_that_a_killed_build_left_partial_are_set_aside_and_made_again(gesture_data, tmp_path):

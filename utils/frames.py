@@ -157,7 +157,7 @@ def _build(about: DataSet, data_dir: Path, frames_dir: Path, T: int) -> None:
     have_events = _has_files(data_dir / "events_np")
     have_recordings = _has_files(data_dir / "extract" / about.recordings)
     if not have_events and not have_recordings:
-        _check_archives(about, data_dir)
+        _check_archives(about, data_dir, T)
     for leftover in data_dir.glob(".building-*"):  # of a killed build: this process has the lock
         shutil.rmtree(leftover)
     temporary = data_dir / f".building-{os.getpid()}"
@@ -187,9 +187,16 @@ def _has_files(folder: Path) -> bool:
     return folder.is_dir() and any(path.is_file() for path in folder.rglob("*"))
 
 
-def _check_archives(about: DataSet, data_dir: Path) -> None:
+def _check_archives(about: DataSet, data_dir: Path, T: int) -> None:
     absent = [name for name in about.archives if not (data_dir / "download" / name).is_file()]
     if len(absent) == len(about.archives):
+        folders = (path.name.split("_")[2] for path in data_dir.glob("frames_number_*_split_by_number"))
+        others = sorted(int(number) for number in folders if number.isdecimal())
+        if others:
+            raise UserError(
+                f"--data-dir {data_dir} has frames for T = {', '.join(map(str, others))} and {T} are asked for; give "
+                "one of these as -T, or put events_np/ there, from which the others are made"
+            )
         raise UserError(about.missing(data_dir))
     if absent:
         raise UserError(f"{data_dir / 'download'} lacks {', '.join(absent)}; download from {about.page}")
