@@ -182,6 +182,16 @@ def test_a_run_of_another_recipe_is_not_written_over(script, gesture_data, tmp_p
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_full_disk_is_one_sentence(script, gesture_data, tmp_path, monkeypatch):
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device", "metrics.csv")
+
+    monkeypatch.setattr("utils.logger.RunLog.epoch", full)
+    code, _, err = script("dvs128", *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path, "--epochs", 1)
+    assert code == 2 and "Traceback" not in err
+    assert "No space left on device: 'metrics.csv'; make room or choose another folder" in err
+
+
 def test_a_damaged_frame_file_is_named_by_a_loader_process(script, gesture_data, tmp_path):
     import shutil
 

@@ -117,7 +117,7 @@ def load_event_data(
 
     Args:
         name: a key of ``DATA_SETS``.
-        data_dir: its folder, see the top of this file.
+        data_dir: its folder; what must lie there is told at the top of ``utils/frames.py``.
         T: frames per sample.
         split: ``"random"`` (90 / 10 inside each class over the sorted names, ``int(0.9 n)`` to train) or a file with
             lines ``train,<class>/<sample>`` and ``test,<class>/<sample>``. A data set with its own train and test

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 __all__ = ["DataError", "UserError", "exit_with_sentence", "user_input"]
+
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -41,6 +44,11 @@ def exit_with_sentence(main: Callable[[], None]) -> None:
     except UserError as error:
         if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":
             print(f"{program}: error: {_sentence(error)}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        print(f"{program}: error: {error}; make room or choose another folder", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import einops
 import numpy
@@ -61,9 +61,12 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not for --help and evaluation
 
         self.directory.mkdir(parents=True, exist_ok=True)
-        rows = self._rows()[:epochs_done]
-        with self._csv("w") as file:
+        metrics = self.directory / "metrics.csv"
+        beside = metrics.with_name(".metrics.csv.partial")  # a kill leaves the old file or the new one
+        rows = self._rows(metrics)[:epochs_done]
+        with beside.open("w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
+        os.replace(beside, metrics)
         described = {"args": {k: plain(v) for k, v in args.items()}, **facts, "versions": versions(), "argv": sys.argv}
         (self.directory / "args.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(self.log_dir), purge_step=epochs_done + 1)
@@ -84,7 +87,7 @@ class RunLog:
         if not self.process.is_first:
             return
         values = (train["loss"], train["acc1"], test["loss"], test["acc1"], lr, seconds)
-        with self._csv("a") as file:
+        with (self.directory / "metrics.csv").open("a", newline="") as file:
             csv.writer(file).writerow([epoch, *(f"{value:.10g}" for value in values)])
         for name, value in zip(COLUMNS[1:], values, strict=True):
             self._tensorboard.add_scalar(name, value, epoch)
@@ -106,15 +109,12 @@ class RunLog:
         print(f"best epoch: {best['epoch']} with acc1 {best['acc1']:.2f} % (selected on the test set, as published)")
         print(f"{time.monotonic() - self._began:.1f} s; everything is in {self.directory}", flush=True)
 
-    def _rows(self) -> list[list[str]]:
-        path = self.directory / "metrics.csv"
+    @staticmethod
+    def _rows(path: Path) -> list[list[str]]:
         if not path.exists():
             return []
         with path.open(newline="") as file:
             return [row for row in csv.reader(file) if len(row) == len(COLUMNS)][1:]
-
-    def _csv(self, mode: str) -> TextIO:
-        return (self.directory / "metrics.csv").open(mode, newline="")
 
 
 def check_output(directory: Path) -> None:
