@@ -161,100 +161,42 @@ def _event_parser(description: str, recipe: dict[str, Any]) -> _Parser:
         allow_abbrev=False,
     )
 
-    def add(group: argparse._ArgumentGroup, *names: str, default: str = "", help: str, **keywords: Any) -> None:
-        group.add_argument(*names, help=help + (f" (default: {default})" if default else ""), **keywords)
+    def add(group: argparse._ArgumentGroup, *names: str, help: str, default: object = None, **keywords: Any) -> None:
+        shown = f"{default:g}" if isinstance(default, float) else default
+        group.add_argument(*names, help=help if default is None else f"{help} (default: {shown})", **keywords)
 
+    switch = argparse.BooleanOptionalAction
     data = parser.add_argument_group("data")
     add(data, "--demo", action="store_true", help="train on the built-in demo data: small settings, no download")
     add(data, "--data-dir", type=Path, metavar="DIR", help="folder of the data set", default="data/<data set>")
-    add(
-        data,
-        "--sensor-size",
-        type=_size(1),
-        metavar="HxW",
-        help="of another camera's recordings",
-        default="the data set's",
-    )
+    add(data, "--sensor-size", type=_size(1), metavar="HxW", help="of another camera", default="the data set's")
     add(data, "--frame-size", type=_size(32), metavar="N|HxW", help="resize frames", default="the sensor's size")
     if "split_seed" in recipe:
         add(data, "--split", metavar="random|FILE", help="train/test split", default="random 90/10 in each class")
-        add(
-            data,
-            "--split-seed",
-            type=_whole(0),
-            metavar="N",
-            help="of the random split",
-            default=f"{recipe['split_seed']}",
-        )
+        add(data, "--split-seed", type=_whole(0), metavar="N", help="of that split", default=recipe["split_seed"])
     if "flip" in recipe:
-        add(
-            data,
-            "--flip",
-            action=argparse.BooleanOptionalAction,
-            help="mirror half of the training samples",
-            default="on",
-        )
+        add(data, "--flip", action=switch, help="mirror half of the training samples", default="on")
     add(data, "--num-workers", type=_whole(0), metavar="N", help="loader processes", default="the cores, at most 8")
-    add(data, "--keep-frames", action=argparse.BooleanOptionalAction,
-        help="read all frames once and keep them in memory", default="off; on for the demo")  # fmt: skip
+    add(data, "--keep-frames", action=switch, help="read all frames once, into memory", default="off; on for the demo")
 
     model = parser.add_argument_group("network")
-    add(
-        model,
-        "-T",
-        "--timesteps",
-        type=_whole(1),
-        metavar="T",
-        help="frames per sample",
-        default=f"{recipe['timesteps']}",
-    )
-    add(model, "--AZO", action=argparse.BooleanOptionalAction, help="Attention ZoneOut in training", default="on")
-    add(
-        model, "--RCR", type=_whole(1), metavar="N", help="AZO: channels / RCR are replaced", default=f"{recipe['RCR']}"
-    )
-    add(model, "--RTR", type=_whole(1), metavar="N", help="AZO: in T / RTR steps", default=f"{recipe['RTR']}")
-    add(model, "--width", type=_above_zero, metavar="X", help="multiplies the channels of all layers", default="1")
+    add(model, "-T", "--timesteps", type=_whole(1), metavar="T", help="frames per sample", default=recipe["timesteps"])
+    add(model, "--AZO", action=switch, help="Attention ZoneOut in training", default="on")
+    add(model, "--RCR", type=_whole(1), metavar="N", help="AZO: channels / RCR are replaced", default=recipe["RCR"])
+    add(model, "--RTR", type=_whole(1), metavar="N", help="AZO: in T / RTR steps", default=recipe["RTR"])
+    add(model, "--width", type=_above_zero, metavar="X", help="multiplies the channels of all layers", default=1.0)
     add(model, "--sma-blocks", type=_whole(1), nargs="*", metavar="N", help="blocks with SMA", default="2 3")
     add(model, "--branch-activation", choices=("lif", "relu"), help="inside SMA", default="lif")
 
     training = parser.add_argument_group("training")
-    add(
-        training,
-        "-b",
-        "--batch-size",
-        type=_whole(1),
-        metavar="N",
-        help="per process",
-        default=f"{recipe['batch_size']}",
-    )
-    add(training, "-N", "--epochs", "--epoch", type=_whole(1), metavar="N", dest="epochs",
-        help="also the length of the cosine schedule", default=f"{recipe['epochs']}")  # fmt: skip
-    add(
-        training,
-        "--lr",
-        "--learning-rate",
-        type=_above_zero,
-        metavar="X",
-        help="learning rate",
-        default=f"{recipe['lr']:g}",
-    )
-    add(
-        training,
-        "--decay",
-        type=_not_negative,
-        metavar="X",
-        help="weight decay; of NAdam, momentum decay",
-        default=f"{recipe['decay']:g}",
-    )
+    add(training, "-b", "--batch-size", type=_whole(1), metavar="N", help="per process", default=recipe["batch_size"])
+    add(training, "-N", "--epochs", "--epoch", dest="epochs", type=_whole(1), metavar="N",
+        help="also the length of the cosine schedule", default=recipe["epochs"])  # fmt: skip
+    add(training, "--lr", "--learning-rate", type=_above_zero, metavar="X", help="learning rate", default=recipe["lr"])
+    add(training, "--decay", type=_not_negative, metavar="X",
+        help="weight decay; of NAdam, momentum decay", default=recipe["decay"])  # fmt: skip
     add(training, "--amp", choices=("fp16", "bf16", "off"), help="mixed precision in training", default="fp16 on a GPU")
-    add(
-        training,
-        "--seed",
-        type=_whole(0),
-        metavar="N",
-        help="of weights, order, augmentation",
-        default=f"{recipe['seed']}",
-    )
+    add(training, "--seed", type=_whole(0), metavar="N", help="of weights, order, augmentation", default=recipe["seed"])
 
     run = parser.add_argument_group("run")
     add(run, "--output-dir", "--model-output-dir", type=Path, metavar="DIR",
@@ -269,14 +211,14 @@ def _event_parser(description: str, recipe: dict[str, Any]) -> _Parser:
     return parser
 
 
-def _number(text: str, convert: Callable[[str], float], allowed: Callable[[float], bool], words: str) -> Any:
+def _number(text: str, convert: Callable[[str], float], allowed: Callable[[float], bool], needed: str) -> Any:
     try:
         value = convert(text)
         if allowed(value):
             return value
     except (ValueError, OverflowError):
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} must be {words}")
+    raise argparse.ArgumentTypeError(f"{text!r} must be {needed}")
 
 
 def _whole(least: int) -> Callable[[str], int]:
@@ -294,7 +236,7 @@ def _not_negative(text: str) -> float:
 def _size(least: int) -> Callable[[str], list[int]]:
     def parse(text: str) -> list[int]:
         height, _, width = text.partition("x")
-        words = f"N or HxW in whole pixels of at least {least}, for instance 48 or 180x240"
-        return [_number(side, int, lambda value: value >= least, words) for side in (height, width or height)]
+        needed = f"N or HxW in whole pixels of at least {least}, for instance 48 or 180x240"
+        return [_number(side, int, lambda value: value >= least, needed) for side in (height, width or height)]
 
     return parse
