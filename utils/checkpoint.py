@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,11 +30,7 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
         UserError: the file is missing, damaged or no weights file, or its names and shapes are not those of ``net``.
     """
     weights, _ = read_weights(path)
-    expected = net.state_dict()
-    problem = _mismatch(weights, expected)
-    if problem:
-        raise UserError(f"weights file {path} does not fit this network: {problem}")
-    net.load_state_dict(weights, strict=True)
+    _put_weights(net, weights, path)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -43,9 +38,13 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Returns:
         The state dict under the names of this project, and whatever plain values lay beside it (for a file of this
-        project: ``epoch``, ``args``, ...; empty for a bare state dict).
+        project: ``epoch``, ``recipe``, ...; empty for a bare state dict).
     """
-    content = _read(path)
+    return _unwrap(_read(path), path)
+
+
+def _unwrap(content: Mapping, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict inside the content of a file, under our names, and what lies beside it."""
     beside: dict[str, Any] = {}
     while not _is_state_dict(content):
         key = next((k for k in _WRAPPERS if isinstance(content.get(k), Mapping)), None)
@@ -105,6 +104,13 @@ def _read(path: str | Path) -> Mapping:
     if not isinstance(content, Mapping):
         raise UserError(f"file {path} holds a {type(content).__name__} and no state dict")
     return content
+
+
+def _put_weights(net: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
+    problem = _mismatch(weights, net.state_dict())
+    if problem:
+        raise UserError(f"weights file {path} does not fit this network: {problem}")
+    net.load_state_dict(weights, strict=True)
 
 
 def _is_state_dict(content: Mapping) -> bool:
@@ -207,7 +213,7 @@ class Checkpoints:
                 f"the run in {source} has another recipe: {'; '.join(differing)}; give the same settings to continue "
                 "it, or another --output-dir"
             )
-        load_weights(self.net, source)
+        _put_weights(self.net, _unwrap(state, source)[0], source)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.best = state["best"]
@@ -263,9 +269,3 @@ def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a file, to tell in a report which weights were evaluated."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

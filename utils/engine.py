@@ -23,15 +23,16 @@ class _Sums:
     """Loss, correct predictions and samples, summed on the device: no wait for the device in every step."""
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.count = 0
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         correct = (logits.mean(0).argmax(1) == labels).sum()
-        count = torch.tensor(len(labels), device=labels.device)
-        self.sums += torch.stack([loss.detach().double() * count, correct.double(), count.double()])
+        self.sums += torch.stack([loss.detach().double() * len(labels), correct.double()])
+        self.count += len(labels)
 
     def result(self) -> dict[str, float]:
-        loss, correct, count = sum_over_processes(self.sums.tolist(), self.sums.device)
+        loss, correct, count = sum_over_processes([*self.sums.tolist(), self.count], self.sums.device)
         count = int(count)
         return {"loss": loss / count, "acc1": 100.0 * correct / count, "correct": int(correct), "count": count}
 
