@@ -42,7 +42,7 @@ RECIPE = {
     "seed": 3402,
     "split_seed": 3402,
 }
-# What --demo changes: small enough to learn in two minutes on two CPU cores.
+# What --demo changes: small enough to learn in minutes on a CPU.
 DEMO = {"width": 0.25, "frame_size": [32, 32], "keep_frames": True}
 DEMO |= {"batch_size": 16, "epochs": 16, "lr": 1e-3}
 

@@ -43,8 +43,7 @@ RECIPE = {
     "split_seed": 3404,
     "flip": True,
 }
-# What --demo changes: small enough to learn in two minutes on two CPU cores.
-# Mirrored gestures would be other gestures.
+# What --demo changes: small enough to learn in minutes on a CPU. Mirrored gestures would be other gestures.
 DEMO = {"width": 0.25, "frame_size": [32, 32], "keep_frames": True, "flip": False}
 DEMO |= {"batch_size": 16, "epochs": 16, "lr": 3e-3}
 

@@ -1,6 +1,6 @@
 """SMA, AZO and the networks built on them."""
 
-from models import neurons
+from models import neurons  # before models.sma: it imports SpikingJelly without the warning of torch.jit
 from models.sma import SMA, SMA_L, attention_zoneout
 from models.vgg import VGG8, sma_vgg8_cifar10dvs, sma_vgg8_dvs128, sma_vgg8_ncaltech101
 

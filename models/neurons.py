@@ -96,8 +96,8 @@ class _LIFNode(neuron.LIFNode):
 def lif() -> nn.Module:
     """The multi-step LIF neuron of SMA-VGG8, ``[T, ...]`` to spikes of the same shape.
 
-    ``tau=2, v_threshold=1, v_reset=0``, input decayed, reset detached, ATan surrogate (alpha 2).
-    Source: paper, "Implementation details".
+    ``tau=2, v_threshold=1, v_reset=0``, input decayed, reset detached, ATan surrogate (alpha 2): the neuron of the
+    published networks on event data.
     """
     return _LIFNode(
         tau=2.0, v_threshold=1.0, v_reset=0.0, detach_reset=True, surrogate_function=surrogate.ATan(), step_mode="m"

@@ -41,7 +41,7 @@ def attention_zoneout(z: Tensor, w_time: Tensor, w_channel: Tensor, RTR: int = 4
     Returns:
         ``[S, T, B, C, H, W]``. The choice carries no gradient; a replaced value carries that of its source step.
 
-    Source: paper, section "Attention ZoneOut".
+    Source: Attention ZoneOut of the paper named at the top of this file.
     """
     with torch.no_grad():
         replace = _zoneout_choice(w_time, w_channel, RTR, RCR)  # [S, T, C]
@@ -71,7 +71,7 @@ def _smallest(values: Tensor, count: int) -> Tensor:
 
 
 def _default_lif() -> nn.Module:
-    """The LIF neuron of the published networks (paper, "Implementation details"), over all T steps at once."""
+    """The LIF neuron of the published networks on event data, over all T steps at once."""
     return neuron.LIFNode(
         tau=2.0, v_threshold=1.0, v_reset=0.0, detach_reset=True, surrogate_function=surrogate.ATan(), step_mode="m"
     )
@@ -129,7 +129,7 @@ class SMA(nn.Module):
     Raises:
         ValueError: an argument is outside what can work; the message says what would.
 
-    Source: paper, section "Spiking Multiscale Attention", equations of multiscale coding, attention and fusion.
+    Source: Spiking Multiscale Attention of the paper named at the top of this file.
     """
 
     # The kernel dimensions of the channel projections, as the released files store them (SMA: [out, in, 1, 1]).
@@ -203,7 +203,7 @@ class SMA_L(SMA):
     As :class:`SMA`, but the channel weights are computed from the mean over T, and AZO chooses the channels by
     their batch sum alone. The published divisors of its AZO are 16 for channels and 4 for steps.
 
-    Source: paper, "SMA-L".
+    Source: the published light form, SMA-L.
     """
 
     _channel_kernel = (1, 1, 1)

@@ -22,7 +22,7 @@ SMALL = ["-T", "4", "--width", "0.125", "--frame-size", "32", "--device", "cpu",
 
 
 def write_events(path, seed, height=128, width=128, count=400):
-    """An event file as SpikingJelly writes it; the first half of the events lies where the label says."""
+    """An event file as SpikingJelly writes it: random events, the same for the same seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     np.savez(

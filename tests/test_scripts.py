@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from models import sma_vgg8_cifar10dvs, sma_vgg8_dvs128, sma_vgg8_ncaltech101
-from tests.conftest import ROOT, SCRIPTS, SMALL
+from tests.conftest import ROOT, SCRIPTS, SMALL, write_events
 from utils.checkpoint import load_weights, read_weights
 
 OTHER = {"dvs128": [], "cifar10dvs": ["--RCR", "4"], "ncaltech101": ["--RCR", "4"]}
@@ -30,8 +31,6 @@ def same_weights(a, b):
 
 @pytest.fixture(scope="module")
 def cifar_data(tmp_path_factory):
-    from tests.conftest import write_events
-
     root = tmp_path_factory.mktemp("cifar")
     for label, name in enumerate(("bird", "frog")):
         for number in range(10):
@@ -193,8 +192,6 @@ def test_a_full_disk_is_one_sentence(script, gesture_data, tmp_path, monkeypatch
 
 
 def test_a_damaged_frame_file_is_named_by_a_loader_process(script, gesture_data, tmp_path):
-    import shutil
-
     assert script("dvs128", *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path / "a", "--epochs", 1)[0] == 0
     shutil.copytree(gesture_data / "frames_number_4_split_by_number", tmp_path / "d/frames_number_4_split_by_number")
     broken = tmp_path / "d/frames_number_4_split_by_number/train/5/user01_0.npz"

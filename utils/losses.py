@@ -18,7 +18,7 @@ def tet(logits: Tensor, labels: Tensor) -> Tensor:
     """Temporal efficient training: the mean over t of the cross-entropy of the logits at t.
 
     Source: Deng, Li, Zhang, Gu, "Temporal Efficient Training of Spiking Neural Network via Gradient
-    Re-weighting", ICLR 2022, equation of L_TET without its regularisation term.
+    Re-weighting", ICLR 2022: L_TET alone, without the MSE term that the authors add to it.
     """
     T, B = logits.shape[:2]
     return F.cross_entropy(logits.float().reshape(T * B, -1), labels.repeat(T))
