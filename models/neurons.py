@@ -18,7 +18,16 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
-__all__ = ["BackendError", "lif", "per_step", "reset_net", "select_backend", "spikingjelly_version"]
+__all__ = [
+    "BackendError",
+    "Rectangle",
+    "lif",
+    "ms_lif",
+    "per_step",
+    "reset_net",
+    "select_backend",
+    "spikingjelly_version",
+]
 
 reset_net = functional.reset_net  # after every batch: forget the membrane potentials
 per_step = layer.SeqToANNContainer  # a plain layer on every step at once: [T, B, ...] as [T * B, ...] and back
@@ -38,8 +47,56 @@ def _has_backends() -> bool:
     return hasattr(functional, "set_backend")
 
 
+class Rectangle(nn.Module):
+    """Surrogate function of the ImageNet networks: a spike where ``x >= 0``, and gradient 1 where ``|x| < 0.5``.
+
+    SpikingJelly has none that means the same in both generations: ``PiecewiseLeakyReLU`` has another height in each,
+    and ``Rect`` exists in 2.x only, without a kernel.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RectangleSpike.apply(x)
+
+    @staticmethod
+    def cuda_codes(y: str, x: str, dtype: str) -> str:
+        """The gradient as a line of CUDA, for the CuPy kernels of SpikingJelly 0.0.0.0.14."""
+        from spikingjelly.activation_based.auto_cuda import cfunction
+
+        half = cfunction.constant(None, 0.5, dtype)
+        return cfunction.greater_than(z=y, x=half, y=cfunction.abs(None, x, dtype), dtype=dtype)
+
+
+class _RectangleSpike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (x >= 0).to(x)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_spikes: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return _rounded_as_published(grad_spikes) * (x.abs() < 0.5)
+
+
+def _rounded_as_published(grad_spikes: Tensor) -> Tensor:
+    """The published spikes of the ImageNet neuron are float32, and so is what reaches them backward.
+
+    It shows in double precision only, where the reference vectors were made.
+    """
+    return grad_spikes.float().double() if grad_spikes.dtype == torch.float64 else grad_spikes
+
+
+def _surrogate_backward(function: nn.Module, x: Tensor, grad_spikes: Tensor) -> Tensor:
+    """``grad_spikes * d spike / d x`` of either surrogate function; ``x`` is overwritten."""
+    if isinstance(function, Rectangle):
+        return x.copy_(x.abs() < 0.5).mul_(_rounded_as_published(grad_spikes))
+    # ATan: (alpha / 2) / (1 + (pi / 2 * alpha * x)^2)
+    alpha = function.alpha
+    return x.mul_(torch.pi / 2 * alpha).square_().add_(1.0).reciprocal_().mul_(alpha / 2).mul_(grad_spikes)
+
+
 class _LIFSequence(torch.autograd.Function):
-    """All steps of the LIF neuron of :func:`lif` on a CPU, with the surrogate gradient of ATan and a detached reset.
+    """All steps of a LIF neuron in PyTorch, with a hard, detached reset to 0.
 
     The same operations in the same order as SpikingJelly's, so the same bits forward. SpikingJelly lets autograd
     record some ten small operations a step, and the backward of every ``x[t]`` fills a tensor of all steps with zeros.
@@ -48,19 +105,23 @@ class _LIFSequence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, x: Tensor, v: Tensor, tau: float, threshold: float, alpha: float
+        ctx: torch.autograd.function.FunctionCtx, x: Tensor, v: Tensor, node: neuron.LIFNode
     ) -> tuple[Tensor, Tensor]:
         """Inputs ``x`` ``[T, ...]`` and the potential ``v`` ``[...]`` to spikes ``[T, ...]`` and the last potential."""
         potentials = torch.empty_like(x)  # before the reset
         spikes = torch.empty_like(x)
         for t in range(x.shape[0]):
-            torch.sub(x[t], v, out=potentials[t])
-            potentials[t].div_(tau).add_(v)
-            fired = potentials[t] >= threshold
+            if node.decay_input:
+                torch.sub(x[t], v, out=potentials[t])
+                potentials[t].div_(node.tau).add_(v)
+            else:
+                torch.mul(v, 1.0 - 1.0 / node.tau, out=potentials[t])
+                potentials[t].add_(x[t])
+            fired = potentials[t] >= node.v_threshold
             spikes[t] = fired
             v = potentials[t].masked_fill(fired, 0.0)
         ctx.save_for_backward(potentials)
-        ctx.tau, ctx.threshold, ctx.alpha = tau, threshold, alpha
+        ctx.node = node
         return spikes, v
 
     @staticmethod
@@ -70,27 +131,35 @@ class _LIFSequence(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs and of the first potential."""
         (potentials,) = ctx.saved_tensors
-        # ATan: d spike / d u = (alpha / 2) / (1 + (pi / 2 * alpha * (u - threshold))^2), for all steps at once.
-        grad_x = (potentials - ctx.threshold).mul_(torch.pi / 2 * ctx.alpha).square_().add_(1.0).reciprocal_()
-        grad_x.mul_(ctx.alpha / 2).mul_(grad_spikes)
+        node = ctx.node
+        grad_x = _surrogate_backward(node.surrogate_function, potentials - node.v_threshold, grad_spikes)
         for t in reversed(range(len(potentials))):
-            kept = grad_v.masked_fill(potentials[t] >= ctx.threshold, 0.0)  # a reset passes no gradient on
-            grad_x[t].add_(kept).div_(ctx.tau)
-            # u = x / tau + (1 - 1 / tau) v
-            grad_v = grad_x[t] * (ctx.tau - 1.0)
-        return grad_x, grad_v, None, None, None
+            kept = grad_v.masked_fill(potentials[t] >= node.v_threshold, 0.0)  # a reset passes no gradient on
+            grad_x[t].add_(kept)
+            if node.decay_input:  # u = x / tau + (1 - 1 / tau) v
+                grad_x[t].div_(node.tau)
+                grad_v = grad_x[t] * (node.tau - 1.0)
+            else:  # u = x + (1 - 1 / tau) v
+                grad_v = grad_x[t] * (1.0 - 1.0 / node.tau)
+        return grad_x, grad_v, None
 
 
 class _LIFNode(neuron.LIFNode):
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
-        if x_seq.device.type == "cpu" and not self.store_v_seq:
+        if not self.store_v_seq and self._is_python_loop(x_seq.device):
             v = self.v if torch.is_tensor(self.v) else torch.zeros_like(x_seq[0])
-            spikes, self.v = _LIFSequence.apply(x_seq, v, self.tau, self.v_threshold, self.surrogate_function.alpha)
+            spikes, self.v = _LIFSequence.apply(x_seq, v, self)
             return spikes
         # The CuPy kernels of 0.0.0.0.14 know float32 and float16 only, and raise on bfloat16 autocast.
         if x_seq.dtype == torch.bfloat16 and getattr(self, "backend", "torch") == "cupy":
             return super().multi_step_forward(x_seq.float()).to(torch.bfloat16)
         return super().multi_step_forward(x_seq)
+
+    def _is_python_loop(self, device: torch.device) -> bool:
+        """Whether SpikingJelly has no kernel here and would loop over the steps."""
+        if device.type == "cpu":
+            return True
+        return self.backend == "torch" if _has_backends() else isinstance(self.surrogate_function, Rectangle)
 
 
 def lif() -> nn.Module:
@@ -101,6 +170,24 @@ def lif() -> nn.Module:
     """
     return _LIFNode(
         tau=2.0, v_threshold=1.0, v_reset=0.0, detach_reset=True, surrogate_function=surrogate.ATan(), step_mode="m"
+    )
+
+
+def ms_lif() -> nn.Module:
+    """The multi-step LIF neuron of SMA-MS-ResNet, ``[T, ...]`` to spikes of the same shape.
+
+    ``u_t = 0.25 u_{t-1} (1 - s_{t-1}) + x_t``, a spike where ``u >= 0.5``, the reset detached, surrogate gradient 1
+    where ``|u - 0.5| < 0.5``: the neuron of the published networks on ImageNet, but for ``>=``, which is SpikingJelly's
+    rule; the publication has ``>``. The two differ only where ``u`` is 0.5 to the last bit.
+    """
+    return _LIFNode(
+        tau=4 / 3,
+        decay_input=False,
+        v_threshold=0.5,
+        v_reset=0.0,
+        detach_reset=True,
+        surrogate_function=Rectangle(),
+        step_mode="m",
     )
 
 
@@ -119,7 +206,7 @@ def select_backend(net: nn.Module, wanted: str, device: torch.device) -> str:
         BackendError: ``wanted`` is ``"cupy"`` and CuPy cannot be used; the message has the real reason.
     """
     if not _has_backends():
-        return _select_in_2x(wanted, device)
+        return _select_in_2x(net, wanted, device)
     if wanted == "torch":
         problem = "asked for"
     elif device.type != "cuda":
@@ -140,7 +227,7 @@ def select_backend(net: nn.Module, wanted: str, device: torch.device) -> str:
     )
 
 
-def _select_in_2x(wanted: str, device: torch.device) -> str:
+def _select_in_2x(net: nn.Module, wanted: str, device: torch.device) -> str:
     version = spikingjelly_version()
     if wanted == "cupy":
         raise BackendError(
@@ -149,6 +236,8 @@ def _select_in_2x(wanted: str, device: torch.device) -> str:
         )
     if device.type != "cuda":
         return "torch"
+    if any(isinstance(module, Rectangle) for module in net.modules()):
+        return f"torch (SpikingJelly {version} has no kernel for the rectangular surrogate)"
     try:
         from spikingjelly._ops.lif import _selection
 
@@ -170,9 +259,9 @@ def _cupy_problem(device: torch.device) -> str | None:
         from spikingjelly.activation_based.auto_cuda import base
 
         _mend_numpy_int(base)
-        trial = lif()
-        trial.backend = "cupy"
-        trial(torch.ones(2, 2, device=device, requires_grad=True)).sum().backward()
+        for trial in (lif(), ms_lif()):
+            trial.backend = "cupy"
+            trial(torch.ones(2, 2, device=device, requires_grad=True)).sum().backward()
         torch.cuda.synchronize(device)
     except Exception as error:  # CuPy fails in many ways: no package, no driver, no compiler, another CUDA
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from models import SMA, SMA_L, sma_vgg8_cifar10dvs, sma_vgg8_dvs128, sma_vgg8_ncaltech101
+from models import (
+    SMA,
+    SMA_L,
+    ms_resnet18,
+    ms_resnet34,
+    ms_resnet104,
+    sma_ms_resnet18,
+    sma_ms_resnet34,
+    sma_ms_resnet104,
+    sma_vgg8_cifar10dvs,
+    sma_vgg8_dvs128,
+    sma_vgg8_ncaltech101,
+)
 from models.neurons import reset_net
 from tests.reference import fill
 
@@ -89,6 +101,47 @@ def test_vgg8_matches_the_reference():
     for key in compared:
         grad = net.get_parameter(key.removeprefix("grad/")).grad
         assert difference(grad, expected[key]) <= TOLERANCE, key
+
+
+def test_ms_resnet18_matches_the_reference():
+    description, expected = load("resnet18")
+    net = sma_ms_resnet18(AZO=description["azo"])
+    fill_network(net, description["state_dict"])
+    x = torch.from_numpy(eval(description["input"], {"images": fill.images}))
+
+    net.eval()
+    with torch.no_grad():
+        assert difference(net(x), expected["eval_logits"]) <= TOLERANCE
+    reset_net(net)
+
+    net.train()
+    logits = net(x)
+    assert difference(logits, expected["train_logits"]) <= TOLERANCE
+    logits.pow(2).mean().backward()
+    compared = [key for key in expected.files if key.startswith("grad/")]
+    assert len(compared) == 5
+    for key in compared:
+        grad = net.get_parameter(key.removeprefix("grad/")).grad
+        if grad.numel() > 20_000:
+            grad = grad.reshape(-1)[::37]
+        # Relative to the largest entry: some of these gradients are of the order of 1e5.
+        assert difference(grad, expected[key]) <= TOLERANCE * max(1.0, np.abs(expected[key]).max()), key
+
+
+@pytest.mark.parametrize(
+    ("factory", "plain", "millions"),
+    [
+        (sma_ms_resnet18, ms_resnet18, (11.694, 71.09, 71.09)),
+        (sma_ms_resnet34, ms_resnet34, (21.802, 81.20, 129.07)),
+        (sma_ms_resnet104, ms_resnet104, (77.351, 136.74, 447.37)),
+    ],
+)
+def test_ms_resnet_parameter_counts_are_the_published_ones(factory, plain, millions):
+    with torch.device("meta"):
+        nets = plain(), factory(), factory(sma_blocks="all")
+    counts = [sum(p.numel() for p in net.parameters()) / 1e6 for net in nets]
+    # The last one is 447.363 M, and the publication's table says 447.37.
+    assert counts == [pytest.approx(published, abs=0.007) for published in millions]
 
 
 @pytest.mark.parametrize(
