@@ -11,6 +11,7 @@ import torch
 import models.sma
 from models import SMA, SMA_L, attention_zoneout
 from models.neurons import reset_net
+from models.sma import _Conv2d
 
 
 def zoneout_by_definition(z, w_time, w_channel, RTR, RCR):
@@ -192,3 +193,37 @@ print("trained")
         [sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert result.stdout.strip() == "trained", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("kernel", "height", "width"), [(7, 2, 2), (7, 1, 1), (5, 1, 3), (7, 2, 9), (3, 1, 4), (7, 4, 4)]
+)
+def test_on_a_small_map_the_taps_that_see_padding_only_are_left_out(kernel, height, width):
+    torch.manual_seed(0)
+    conv = _Conv2d(3, 3, kernel, padding=kernel // 2).double()
+    plain = torch.nn.Conv2d(3, 3, kernel, padding=kernel // 2).double()
+    plain.load_state_dict(conv.state_dict())
+    x = torch.randn(2, 3, height, width, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [conv(inputs[0]), plain(inputs[1])]
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    for output in outputs:
+        output.pow(3).sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(conv.weight.grad, plain.weight.grad, rtol=1e-12, atol=1e-12)
+    if height == width == 1:
+        assert torch.count_nonzero(conv.weight.grad[0, 0]) == 1
+
+
+def test_bfloat16_weight_gradients_on_small_maps_are_those_of_float32():
+    torch.manual_seed(0)
+    conv = _Conv2d(64, 64, 7, padding=3)
+    x = torch.relu(torch.randn(8, 64, 2, 2))
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = conv(x)
+        conv.zero_grad()
+        y.float().pow(2).sum().backward()
+        gradients.append(conv.weight.grad.clone())
+    assert (gradients[1] - gradients[0]).norm() < 0.02 * gradients[0].norm()
