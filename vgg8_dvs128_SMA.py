@@ -20,13 +20,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models import VGG8, sma_vgg8_dvs128
 from models.neurons import select_backend
-from utils.args import deviations, parse_event_args, recipe_of
 from utils.checkpoint import Checkpoints, load_weights
-from utils.datasets import event_loaders, load_event_data, set_epoch
+from utils.datasets import load_event_data
+from utils.describe import describe_event_run
 from utils.distributed import start
 from utils.engine import evaluate, train_one_epoch
 from utils.errors import exit_with_sentence, user_input
-from utils.logger import RunLog, check_output, describe_event_run, write_evaluation
+from utils.event_args import deviations, parse_event_args, recipe_of
+from utils.loaders import make_loaders, set_epoch
+from utils.logger import RunLog, check_output, write_evaluation
 from utils.losses import mse_of_mean
 
 DATA_SET = "dvs128"
@@ -73,7 +75,7 @@ def main() -> None:
             demo=args.demo,
             keep_in_memory=args.keep_frames,
         )
-        train_batches, test_batches = event_loaders(data, args.batch_size, args.num_workers, args.seed, process)
+        train_batches, test_batches = make_loaders(data, args.batch_size, args.num_workers, args.seed, process)
         torch.manual_seed(args.seed)  # the same first weights in every process
         with user_input():
             net = build_model(args, len(data.classes)).to(process.device)

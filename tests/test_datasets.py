@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from tests.conftest import write_events
-from utils.datasets import event_loaders, flip_and_shift, load_event_data, set_epoch
+from utils.datasets import flip_and_shift, load_event_data
 from utils.distributed import Process
 from utils.errors import DataError, UserError
 from utils.frames import DATA_SETS, _spikingjelly_class
+from utils.loaders import make_loaders, set_epoch
 
 
 def process(rank=0, world_size=1):
@@ -271,7 +272,7 @@ def test_augmentation_depends_on_seed_epoch_and_sample_only(folder_data):
 
 
 def batches_of(data, workers, epoch, rank=0, world_size=1):
-    train, test = event_loaders(data, 4, workers, 7, process(rank, world_size))
+    train, test = make_loaders(data, 4, workers, 7, process(rank, world_size))
     set_epoch(train, epoch)
     return list(train), list(test)
 
@@ -300,7 +301,7 @@ def test_test_shards_hold_every_sample_once(gesture_data, world_size):
     sampled = [
         index
         for rank in range(world_size)
-        for index in event_loaders(data, 2, 0, 0, process(rank, world_size))[1].sampler
+        for index in make_loaders(data, 2, 0, 0, process(rank, world_size))[1].sampler
     ]
     assert sorted(sampled) == list(range(11))
 
@@ -308,9 +309,9 @@ def test_test_shards_hold_every_sample_once(gesture_data, world_size):
 def test_a_batch_larger_than_the_data_is_refused(gesture_data):
     data = load_event_data("dvs128", gesture_data, 4)
     with pytest.raises(
-        UserError, match=r"--batch-size 12 for 2 process\(es\) needs 24 training samples and there are 22"
+        UserError, match=r"a step takes 24 training samples \(12 for each of 2 process\(es\)\) and there are 22"
     ):
-        event_loaders(data, 12, 0, 0, process(0, 2))
+        make_loaders(data, 12, 0, 0, process(0, 2))
 
 
 def test_hidden_folders_are_no_classes(folder_data, tmp_path):

@@ -6,7 +6,7 @@ import re
 import shlex
 
 from tests.conftest import ROOT, SCRIPTS
-from utils.args import _event_parser
+from utils.event_args import event_parser
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPE = {
@@ -32,13 +32,13 @@ def test_every_command_of_a_script_parses():
         words = shlex.split(command.partition("&& ")[2] or command)
         script = next((word for word in words if word in {path.name for path in SCRIPTS.values()}), None)
         if script is not None:
-            _event_parser("", RECIPE).parse_args(words[words.index(script) + 1 :])
+            event_parser("", RECIPE).parse_args(words[words.index(script) + 1 :])
             found += 1
     assert found >= 7
 
 
 def test_every_flag_that_is_named_exists():
-    known = {option for action in _event_parser("", RECIPE)._actions for option in action.option_strings}
+    known = {option for action in event_parser("", RECIPE)._actions for option in action.option_strings}
     launchers = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--help"}
     assert set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", README)) <= known | launchers
 

@@ -121,7 +121,10 @@ def test_training_can_start_from_weights(script, gesture_data, tmp_path):
         (["--data-dir", "nowhere"], "DVS128 Gesture is not in --data-dir nowhere; download DvsGesture.tar.gz"),
         (["--data-dir", "empty"], "DVS128 Gesture is not in --data-dir empty; download DvsGesture.tar.gz"),
         (["--batch-size", "0"], "argument -b/--batch-size: '0' must be a whole number of at least 1"),
-        (["--batch-size", "100"], "--batch-size 100 for 1 process(es) needs 100 training samples and there are 22"),
+        (
+            ["--batch-size", "100"],
+            "--batch-size: a step takes 100 training samples (100 for each of 1 process(es)) and there are 22",
+        ),
         (["--lr", "nan"], "argument --lr/--learning-rate: 'nan' must be a finite number above 0"),
         (["--lr", "0"], "argument --lr/--learning-rate: '0' must be a finite number above 0"),
         (["--decay", "-1"], "argument --decay: '-1' must be a finite number of at least 0"),

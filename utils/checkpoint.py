@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from utils.distributed import Process, gather
 from utils.errors import UserError
 
-__all__ = ["Checkpoints", "describe_vgg8", "load_weights", "read_weights"]
+__all__ = ["Checkpoints", "describe_ms_resnet", "describe_vgg8", "load_weights", "read_weights"]
 
 FORMAT = 1
 _WRAPPERS = ("model", "net", "state_dict")
@@ -74,6 +74,30 @@ def describe_vgg8(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         sma = f"block{blocks[0]}.1."
         found["timesteps"] = weights[sma + "T_before_attention_conv.weight"].shape[1]
         found["branch_activation"] = "relu" if sma + "S_Convs.0.bn.bn.weight" in weights else "lif"
+    return found
+
+
+def describe_ms_resnet(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Tell the constructor arguments of an SMA-MS-ResNet from the names and shapes of its weights.
+
+    Returns:
+        ``num_classes``, ``width``, ``net`` (``"resnet18"``, ...), ``sma_blocks`` and, where there is SMA,
+        ``timesteps``; an empty dictionary where these are not the weights of one of the three networks.
+    """
+    first, last = weights.get("conv1.0.weight"), weights.get("fc.weight")
+    stages = [len({name.split(".")[1] for name in weights if name.startswith(f"conv{n}_x.")}) for n in range(2, 6)]
+    nets = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34", (3, 8, 32, 8): "resnet104"}
+    if first is None or last is None or tuple(stages) not in nets:
+        return {}
+    suffix = ".residual_function.2.T_before_attention_conv.weight"
+    with_sma = [name for name in weights if name.endswith(suffix)]
+    found = {"num_classes": last.shape[0], "width": first.shape[0] / 64, "net": nets[tuple(stages)]}
+    # In ResNet-18 the first two blocks of a stage are all of them.
+    places = {0: "none", sum(stages): "all", 8: "first-two"}
+    if len(with_sma) in places:
+        found["sma_blocks"] = places[len(with_sma)]
+    if with_sma:
+        found["timesteps"] = weights[with_sma[0]].shape[1]
     return found
 
 
@@ -156,13 +180,14 @@ class Checkpoints:
     Args:
         directory: the output directory; only the first process writes there.
         recipe: the settings that the result depends on, plain values.
-        net: the network itself, not its wrapper.
-        parts: optimiser, schedule, scaler: everything else with ``state_dict`` / ``load_state_dict``.
+        net: the network that is evaluated (itself, not its wrapper): its weights go under ``model``.
+        parts: optimiser, schedule, scaler, and the trained network where an average of it is evaluated: everything
+            else with ``state_dict`` / ``load_state_dict``. None is left out.
     """
 
     def __init__(self, directory: Path, recipe: dict[str, Any], process: Process, net: nn.Module, **parts: Any):
         self.directory, self.recipe, self.process = directory, recipe, process
-        self.net, self.parts = net, parts
+        self.net, self.parts = net, {name: part for name, part in parts.items() if part is not None}
         self.best: dict[str, float] = {"acc1": -1.0, "epoch": 0}
 
     def resume(self, how: str) -> int:

@@ -1,11 +1,11 @@
-"""Event data: reading frames, splitting them into train and test, augmentation, batches."""
+"""Event data: reading frames, splitting them into train and test, augmentation."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
 from utils.demo import write_demo
-from utils.distributed import Process
 from utils.errors import DataError, UserError
 from utils.frames import DATA_SETS, frames_folder, sample_name
+from utils.loaders import sample_seed
 
-__all__ = ["EventData", "EventFrames", "event_loaders", "flip_and_shift", "load_event_data", "set_epoch"]
+__all__ = ["EventData", "EventFrames", "flip_and_shift", "load_event_data"]
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -57,8 +57,8 @@ class EventFrames(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         frames = self._kept[index] if self._kept else self._read(index)
         if self.augment is not None:
-            key = hashlib.sha256(f"{self.seed}/{self.epoch}/{index}".encode()).digest()
-            frames = self.augment(frames, torch.Generator().manual_seed(int.from_bytes(key[:7], "little")))
+            generator = torch.Generator().manual_seed(sample_seed(self.seed, self.epoch, index))
+            frames = self.augment(frames, generator)
         return frames, self.files[index][1]
 
     def keep_in_memory(self) -> None:
@@ -184,47 +184,6 @@ def flip_and_shift(frames: Tensor, generator: torch.Generator, flip: bool = True
     if flip and mirrored < 0.5:
         frames = transforms.horizontal_flip(frames)
     return transforms.affine(frames, angle=0.0, translate=[int(dx), int(dy)], scale=1.0, shear=[0.0])
-
-
-class _Shard(Sampler[int]):
-    """Every ``world_size``-th sample, without padding: together the processes see every sample once."""
-
-    def __init__(self, count: int, process: Process):
-        self.indices = range(process.rank, count, process.world_size)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-
-def event_loaders(
-    data: EventData, batch_size: int, num_workers: int, seed: int, process: Process
-) -> tuple[DataLoader, DataLoader]:
-    """Loaders of training (shuffled by seed and epoch, incomplete batches dropped) and test batches of this process.
-
-    A batch is frames ``[B, T, 2, H, W]`` and labels ``[B]``. Call ``set_epoch`` before every training epoch.
-
-    Raises:
-        UserError: there is no complete training batch for every process.
-    """
-    if len(data.train) < batch_size * process.world_size:
-        raise UserError(
-            f"--batch-size {batch_size} for {process.world_size} process(es) needs {batch_size * process.world_size} "
-            f"training samples and there are {len(data.train)}; use a smaller --batch-size"
-        )
-    sampler = DistributedSampler(data.train, process.world_size, process.rank, seed=seed, drop_last=True)
-    common = {"batch_size": batch_size, "num_workers": num_workers, "pin_memory": process.device.type == "cuda"}
-    train = DataLoader(data.train, sampler=sampler, drop_last=True, **common)
-    test = DataLoader(data.test, sampler=_Shard(len(data.test), process), **common)
-    return train, test
-
-
-def set_epoch(loader: DataLoader, epoch: int) -> None:
-    """Give the epoch to everything in a training loader that draws: the order and the augmentation."""
-    loader.sampler.set_epoch(epoch)
-    loader.dataset.epoch = epoch
 
 
 def _list_samples(folder: Path) -> tuple[list[tuple[Path, int]], list[str]]:

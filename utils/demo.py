@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -243,16 +244,23 @@ def write_demo(
     height, width = sensor
     if min(height, width) < 1:
         raise ValueError(f"sensor {sensor} is not possible: height and width must be positive")
-    root = Path(root)
-    final = root / f"demo_v{VERSION}_{layout}_{height}x{width}_{num_classes}"
+    final = Path(root) / f"demo_v{VERSION}_{layout}_{height}x{width}_{num_classes}"
+    return made_once(final, lambda directory: _fill(directory, layout, (height, width), num_classes))
+
+
+def made_once(final: Path, fill: Callable[[Path], None]) -> Path:
+    """The directory `final`, made by `fill` unless it is there already: whole or not at all.
+
+    `fill` gets an empty directory and writes `demo.json` into it last of all.
+    """
     if _is_whole(final):
         return final
-    root.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{final.name}.", suffix=".part", dir=root))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{final.name}.", suffix=".part", dir=final.parent))
     try:
         data = scratch / "data"  # made with the user's own permissions; mkdtemp's directory is closed to others
         data.mkdir()
-        _fill(data, layout, (height, width), num_classes)
+        fill(data)
         try:
             os.rename(data, final)
         except OSError:  # something is there

@@ -4,37 +4,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from models.neurons import reset_net
 from utils.distributed import broadcast_buffers, sum_over_processes
 from utils.errors import UserError
 
-__all__ = ["AMP_DTYPES", "evaluate", "train_one_epoch"]
+__all__ = ["AMP_DTYPES", "evaluate", "time_first", "train_one_epoch"]
 
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+Prepare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def time_first(frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Event frames ``[B, T, 2, H, W]`` as the networks take them, ``[T, B, 2, H, W]``; the labels as they are."""
+    return frames.transpose(0, 1).contiguous(), labels
 
 
 class _Sums:
     """Loss, correct predictions and samples, summed on the device: no wait for the device in every step."""
 
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, top: int = 1):
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         self.count = 0
+        self.top = top
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        correct = (logits.mean(0).argmax(1) == labels).sum()
-        self.sums += torch.stack([loss.detach().double() * len(labels), correct.double()])
+        scores = logits.detach().mean(0) if logits.ndim == 3 else logits.detach()  # [T, B, K] or [B, K]
+        correct = (scores.argmax(1) == labels).sum()
+        among = (scores.topk(min(self.top, scores.shape[1])).indices == labels[:, None]).sum()
+        self.sums += torch.stack([loss.detach().double() * len(labels), correct.double(), among.double()])
         self.count += len(labels)
 
     def result(self) -> dict[str, float]:
-        loss, correct, count = sum_over_processes([*self.sums.tolist(), self.count], self.sums.device)
+        loss, correct, among, count = sum_over_processes([*self.sums.tolist(), self.count], self.sums.device)
         count = int(count)
-        return {"loss": loss / count, "acc1": 100.0 * correct / count, "correct": int(correct), "count": count}
+        found = {"loss": loss / count, "acc1": 100.0 * correct / count, "correct": int(correct), "count": count}
+        if self.top > 1:
+            found |= {f"acc{self.top}": 100.0 * among / count, f"correct{self.top}": int(among)}
+        return found
 
 
 def train_one_epoch(
@@ -45,14 +59,19 @@ def train_one_epoch(
     scaler: torch.amp.GradScaler,
     device: torch.device,
     amp: str = "off",
+    prepare: Prepare = time_first,
+    accumulate: int = 1,
 ) -> dict[str, float]:
-    """Train on every batch once.
+    """Train on every batch once, one optimiser step a batch.
 
     Args:
-        net: ``[T, B, 2, H, W]`` to logits ``[T, B, K]``.
-        batches: pairs of frames ``[B, T, 2, H, W]`` and labels ``[B]``.
-        criterion: logits ``[T, B, K]`` and labels ``[B]`` to the mean loss of the batch.
+        net: inputs to logits ``[T, B, K]`` or ``[B, K]``.
+        batches: pairs of samples ``[B, ...]`` and labels ``[B]``.
+        criterion: logits and targets to the mean loss of the batch.
         amp: ``"fp16"``, ``"bf16"`` or ``"off"``.
+        prepare: samples and labels on the device to the inputs of the network and the targets of the criterion.
+        accumulate: split every batch into so many parts, one after the other, and add up their gradients. BatchNorm
+            and AZO see one part at a time.
 
     Returns:
         ``loss`` (mean over samples), ``acc1`` (percent), ``correct`` and ``count`` over all processes.
@@ -63,17 +82,21 @@ def train_one_epoch(
     net.train()
     reset_net(net)  # whatever an interrupted batch left behind
     sums = _Sums(device)
-    for frames, labels in batches:
-        frames, labels = _to_device(frames, labels, device)
-        with torch.autocast(device.type, dtype=AMP_DTYPES[amp], enabled=AMP_DTYPES[amp] is not None):
-            logits = net(frames)
-        loss = criterion(logits, labels)
+    for samples, labels in batches:
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        parts = list(zip(samples.chunk(accumulate), labels.chunk(accumulate), strict=True))
+        for number, (some, their_labels) in enumerate(parts, 1):
+            some, their_labels = _to_device(some, their_labels, device)
+            inputs, targets = prepare(some, their_labels)
+            with _gradients_stay_local(net) if number < len(parts) else nullcontext():
+                with torch.autocast(device.type, dtype=AMP_DTYPES[amp], enabled=AMP_DTYPES[amp] is not None):
+                    logits = net(inputs)
+                loss = criterion(logits, targets)
+                scaler.scale(loss * (len(some) / len(samples))).backward()
+            reset_net(net)
+            sums.add(loss, logits, their_labels)
         scaler.step(optimizer)
         scaler.update()
-        reset_net(net)
-        sums.add(loss, logits, labels)
     result = sums.result()
     # The loss alone does not tell: neurons that get nan stay silent, and the last layer's bias gives a finite loss.
     if not math.isfinite(result["loss"]) or not all(value.isfinite().all() for value in net.state_dict().values()):
@@ -86,24 +109,35 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def evaluate(
-    net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], criterion: Criterion, device: torch.device
+    net: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    criterion: Criterion,
+    device: torch.device,
+    prepare: Prepare = time_first,
+    top: int = 1,
 ) -> dict[str, float]:
     """Evaluate every sample once, in float32 as published; exact for any number of processes and any batch size.
 
-    ``batches`` of all processes together hold every sample once (no padding). Returns as :func:`train_one_epoch`.
+    ``batches`` of all processes together hold every sample once (no padding). Returns as :func:`train_one_epoch`;
+    with ``top`` above 1 also ``acc<top>`` and ``correct<top>``: the label is among the ``top`` largest logits.
     """
     net.eval()
     reset_net(net)
     broadcast_buffers(net)  # in training every process has BatchNorm statistics of its own
-    sums = _Sums(device)
-    for frames, labels in batches:
-        frames, labels = _to_device(frames, labels, device)
-        logits = net(frames)
+    sums = _Sums(device, top)
+    for samples, labels in batches:
+        samples, labels = _to_device(samples, labels, device)
+        inputs, targets = prepare(samples, labels)
+        logits = net(inputs)
         reset_net(net)
-        sums.add(criterion(logits, labels), logits, labels)
+        sums.add(criterion(logits, targets), logits, labels)
     return sums.result()
 
 
-def _to_device(frames: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    frames = frames.to(device, non_blocking=True).transpose(0, 1)  # [B, T, 2, H, W] -> [T, B, 2, H, W]
-    return frames.contiguous(), labels.to(device, non_blocking=True)
+def _gradients_stay_local(net: nn.Module) -> AbstractContextManager:
+    """No exchange between the processes in this backward: the last part's exchanges the sum."""
+    return net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()
+
+
+def _to_device(samples: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    return samples.to(device, non_blocking=True), labels.to(device, non_blocking=True)

@@ -5,26 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import einops
-import numpy
-import torch
-from torch import nn
 from tqdm import tqdm
 
-from models.neurons import spikingjelly_version
 from utils.args import plain, words
-from utils.datasets import EventData
+from utils.describe import versions
 from utils.distributed import Process
 from utils.errors import UserError
 
-__all__ = ["RunLog", "check_output", "describe_event_run", "versions", "write_evaluation"]
+__all__ = ["RunLog", "check_output", "write_evaluation"]
 
 COLUMNS = ("epoch", "train_loss", "train_acc1", "test_loss", "test_acc1", "lr", "seconds")
 
@@ -91,10 +85,13 @@ class RunLog:
             csv.writer(file).writerow([epoch, *(f"{value:.10g}" for value in values)])
         for name, value in zip(COLUMNS[1:], values, strict=True):
             self._tensorboard.add_scalar(name, value, epoch)
+        if "acc5" in test:
+            self._tensorboard.add_scalar("test_acc5", test["acc5"], epoch)
         self._tensorboard.flush()
+        top5 = f" top-5 {test['acc5']:.2f} %" if "acc5" in test else ""
         print(
             f"epoch {epoch}/{epochs}  train loss {train['loss']:.4f} acc {train['acc1']:.2f} %  "
-            f"test loss {test['loss']:.4f} acc {test['acc1']:.2f} % ({test['correct']}/{test['count']})  "
+            f"test loss {test['loss']:.4f} acc {test['acc1']:.2f} % ({test['correct']}/{test['count']}){top5}  "
             f"lr {lr:.3g}  {seconds:.1f} s",
             flush=True,
         )
@@ -133,48 +130,9 @@ def write_evaluation(directory: Path, process: Process, result: dict[str, Any], 
     """Print an evaluation and write it to ``evaluation.json``."""
     if not process.is_first:
         return
-    print(f"{result['correct']} of {result['count']} correct: acc1 {result['acc1']:.2f} %, loss {result['loss']:.6f}")
+    top5 = f", acc5 {result['acc5']:.2f} %" if "acc5" in result else ""
+    accuracy = f"{result['correct']} of {result['count']} correct: acc1 {result['acc1']:.2f} %{top5}"
+    print(f"{accuracy}, loss {result['loss']:.6f}")
     directory.mkdir(parents=True, exist_ok=True)
     written = {**result, **{name: plain(value) for name, value in facts.items()}}
     (directory / "evaluation.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    found = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "spikingjelly": spikingjelly_version(),
-        "numpy": numpy.__version__,
-        "einops": einops.__version__,
-    }
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
-
-
-def describe_event_run(args: Any, data: EventData, net: nn.Module, backend: str, process: Process) -> dict[str, str]:
-    """The header of a run on event data, name to words."""
-    height, width = data.frame_size
-    blocks = ", ".join(map(str, args.sma_blocks)) or "no blocks"
-    branches = f" ({args.branch_activation} branches)" if args.sma_blocks else ""
-    azo = f"AZO with RCR {args.RCR}, RTR {args.RTR}" if args.AZO else "no AZO"
-    device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "CPU"
-    facts = {
-        "data": data.title,
-        "samples": f"{len(data.train)} training, {len(data.test)} test, {len(data.classes)} classes",
-        "split": data.split,
-        "input": f"T = {args.timesteps}, frames {height}x{width}",
-        "network": f"SMA-VGG8, SMA in {blocks}{branches}, {azo}, width {args.width:g}, "
-        f"{sum(p.numel() for p in net.parameters()) / 1e6:.6f} M parameters",
-        "neurons": backend,
-        "precision": "fp32" if args.evaluate else f"training {args.amp.replace('off', 'fp32')}, evaluation fp32",
-        "processes": f"{process.world_size} on {device}",
-        "batch": f"{args.batch_size} per process, {process.world_size * args.batch_size} global",
-        "schedule": f"{args.epochs} epochs, lr {args.lr:g}, seed {args.seed}",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "output": str(args.output_dir),
-    }
-    if args.evaluate:
-        facts = {**facts, "schedule": "", "weights": str(args.weights)}
-    return {name: words for name, words in facts.items() if words}

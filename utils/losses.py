@@ -1,11 +1,13 @@
-"""Losses of the published recipes: logits over time ``[T, B, K]`` and labels ``[B]`` to the mean over the batch."""
+"""Losses of the published recipes, mean over the batch: of logits over time ``[T, B, K]``, or of logits ``[B, K]``."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["mse_of_mean", "tet"]
+__all__ = ["cross_entropy", "mse_of_mean", "tet"]
 
 
 def mse_of_mean(logits: Tensor, labels: Tensor) -> Tensor:
@@ -22,3 +24,12 @@ def tet(logits: Tensor, labels: Tensor) -> Tensor:
     """
     T, B = logits.shape[:2]
     return F.cross_entropy(logits.float().reshape(T * B, -1), labels.repeat(T))
+
+
+def cross_entropy(label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross-entropy of logits ``[B, K]`` with labels ``[B]`` or, after Mixup, with class probabilities ``[B, K]``."""
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+
+    return loss

@@ -1,0 +1,89 @@
+"""A run in words: the header that it prints and the facts that go into its files."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import einops
+import numpy
+import torch
+from torch import nn
+
+from models.neurons import spikingjelly_version
+from utils.datasets import EventData
+from utils.distributed import Process
+from utils.images import ImageData
+
+__all__ = ["describe_event_run", "describe_image_run", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "spikingjelly": spikingjelly_version(),
+        "numpy": numpy.__version__,
+        "einops": einops.__version__,
+    }
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def describe_event_run(args: Any, data: EventData, net: nn.Module, backend: str, process: Process) -> dict[str, str]:
+    """The header of a run on event data, name to words."""
+    height, width = data.frame_size
+    blocks = ", ".join(map(str, args.sma_blocks)) or "no blocks"
+    branches = f" ({args.branch_activation} branches)" if args.sma_blocks else ""
+    facts = {
+        "data": data.title,
+        "samples": f"{len(data.train)} training, {len(data.test)} test, {len(data.classes)} classes",
+        "split": data.split,
+        "input": f"T = {args.timesteps}, frames {height}x{width}",
+        "network": f"SMA-VGG8, SMA in {blocks}{branches}, {_azo(args)}, width {args.width:g}, {_size(net)}",
+        "batch": f"{args.batch_size} per process, {process.world_size * args.batch_size} global",
+    }
+    return _with_common_facts(facts, args, backend, process)
+
+
+def describe_image_run(args: Any, data: ImageData, net: nn.Module, backend: str, process: Process) -> dict[str, str]:
+    """The header of a run on photographs, name to words."""
+    training = f"{len(data.train)} training, " if data.train is not None else ""
+    per_process = args.batch_size // process.world_size
+    parts = f", in {args.accumulate} parts of {per_process // args.accumulate}" if args.accumulate > 1 else ""
+    options = [name for name in ("mixup", "channels_last") if getattr(args, name)]
+    options += [f"EMA {args.ema:g}"] if args.ema else []
+    facts = {
+        "data": data.title,
+        "samples": f"{training}{len(data.test)} test (in {data.test.folder}), {len(data.classes)} classes",
+        "input": f"T = {args.timesteps}, crops of {args.image_size} (test {args.test_crop}) pixels, by {args.decoder}",
+        "network": f"SMA-MS-ResNet-{args.net.removeprefix('resnet')}, SMA in {args.sma_blocks} blocks, {_azo(args)}, "
+        f"width {args.width:g}, {_size(net)}",
+        "batch": f"{args.batch_size} global, {per_process} per process{parts}",
+        "options": "" if args.evaluate else ", ".join(options).replace("_", " "),
+    }
+    return _with_common_facts(facts, args, backend, process)
+
+
+def _with_common_facts(facts: dict[str, str], args: Any, backend: str, process: Process) -> dict[str, str]:
+    device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "CPU"
+    facts |= {
+        "neurons": backend,
+        "precision": "fp32" if args.evaluate else f"training {args.amp.replace('off', 'fp32')}, evaluation fp32",
+        "processes": f"{process.world_size} on {device}",
+        "schedule": "" if args.evaluate else f"{args.epochs} epochs, lr {args.lr:g}, seed {args.seed}",
+        "weights": str(args.weights) if args.evaluate else "",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "output": str(args.output_dir),
+    }
+    return {name: words for name, words in facts.items() if words}
+
+
+def _azo(args: Any) -> str:
+    return f"AZO with RCR {args.RCR}, RTR {args.RTR}" if args.AZO else "no AZO"
+
+
+def _size(net: nn.Module) -> str:
+    return f"{sum(p.numel() for p in net.parameters()) / 1e6:.6f} M parameters"

@@ -1,0 +1,295 @@
+"""ImageNet and other photographs in class folders: reading, the published transforms, Mixup.
+
+    <data-dir>/train/<wnid>/*.JPEG
+    <data-dir>/test/<wnid>/*.JPEG      or val/; a test/ without class folders (the unlabelled official one) is ignored
+
+Images travel as bytes; :func:`normalized` turns a batch into what the networks take, on the device.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.transforms import v2
+
+from utils.errors import DataError, UserError
+from utils.loaders import sample_seed
+
+__all__ = [
+    "DECODERS",
+    "ImageData",
+    "ImageSet",
+    "Mixup",
+    "load_image_data",
+    "normalized",
+    "readable",
+    "to_channels_last",
+]
+
+DECODERS = ("pil", "torchvision")
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in the range 0 to 1
+_IMAGENET_CLASSES, _IMAGENET_TEST = 1000, 50_000
+
+
+class ImageSet(ImageFolder):
+    """Photographs in class folders; a sample is ``(image [3, H, W] uint8, label)``.
+
+    Labels are the ranks of the sorted folder names (for ImageNet: of the wnids). Hidden files and folders are left out.
+    The transform draws from torch's generator, seeded by (seed, epoch, sample), so that a result does not depend on the
+    number of workers or processes.
+
+    Args:
+        folder: holds one folder a class.
+        transform: PIL image or uint8 tensor to ``[3, H, W]`` uint8.
+        decoder: ``"pil"``, or ``"torchvision"``, which gives tensors: decoding and transforms are faster.
+        seed: of the transform.
+        leave_out: leave an unreadable image out, and say so, instead of raising.
+
+    Raises:
+        UserError: there are no classes, or a class has no images.
+        DataError: from a sample that cannot be read.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        transform: Callable,
+        decoder: str = "pil",
+        seed: int = 0,
+        leave_out: bool = False,
+    ):
+        hidden = os.sep + "."
+        super().__init__(
+            str(folder),
+            transform,
+            is_valid_file=lambda path: (
+                path.lower().endswith(IMG_EXTENSIONS) and hidden not in path.removeprefix(str(folder))
+            ),
+            allow_empty=True,
+        )
+        self.folder, self.decoder, self.seed, self.leave_out = folder, decoder, seed, leave_out
+        self.epoch = 0
+        self.left_out = multiprocessing.Value("q", 0)  # one count for all workers
+        empty = sorted(set(range(len(self.classes))) - set(self.targets))
+        if empty:
+            raise UserError(
+                f"class folder {folder / self.classes[empty[0]]} has no images"
+                f"{f', and {len(empty) - 1} others' if len(empty) > 1 else ''}; "
+                "fill it, or remove it from training and test"
+            )
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """Sorted folder names and their labels."""
+        classes = _class_folders(Path(directory))
+        if not classes:
+            raise UserError(f"folder {directory} has no class folders; it must hold <class>/<image>")
+        return classes, {name: label for label, name in enumerate(classes)}
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
+        path, label = self.samples[index]
+        try:
+            image = self._read(path)
+        except Exception as error:  # PIL raises many types on a damaged file
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if not self.leave_out:
+                raise DataError(
+                    f"image {path} cannot be read ({reason}); replace it, or leave unreadable training images out "
+                    "with --on-bad-image skip"
+                ) from error
+            with self.left_out.get_lock():
+                self.left_out.value += 1
+                count = self.left_out.value
+            print(f"image {path} cannot be read ({reason}); left out, {count} so far", file=sys.stderr, flush=True)
+            return None
+        generator = torch.default_generator
+        before = generator.get_state()
+        generator.manual_seed(sample_seed(self.seed, self.epoch, index))
+        try:
+            return self.transform(image), label
+        finally:
+            generator.set_state(before)
+
+    def _read(self, path: str) -> Image.Image | Tensor:
+        if self.decoder == "torchvision":
+            try:
+                image = decode_image(read_file(path), mode=ImageReadMode.RGB)
+                if image.dtype == torch.uint8:
+                    return image
+            except RuntimeError:
+                pass  # a format that PIL reads, or a damaged file, of which PIL tells what is wrong
+        with Image.open(path) as image:
+            return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Photographs ready for training: what is in them, and in words where they come from."""
+
+    train: ImageSet | None
+    test: ImageSet
+    title: str
+
+    @property
+    def classes(self) -> list[str]:
+        """Folder names in the order of the labels."""
+        return self.test.classes
+
+
+def load_image_data(
+    data_dir: Path,
+    image_size: int = 224,
+    test_crop: int | None = None,
+    *,
+    decoder: str = "pil",
+    seed: int = 0,
+    leave_out: bool = False,
+    for_training: bool = True,
+) -> ImageData:
+    """Find the class folders of training and test and check that they belong together.
+
+    Args:
+        data_dir: see the top of this file.
+        image_size: side of the training crop, in pixels.
+        test_crop: side of the central test crop, of an image whose shorter side is 256 / 224 of it; None: image_size.
+        decoder, seed: see :class:`ImageSet`.
+        leave_out: leave unreadable training images out. In the test set they are always an error.
+        for_training: False reads the test set alone.
+
+    Raises:
+        UserError: a folder or a class is missing or empty; the message names it.
+    """
+    test_dir = _test_folder(data_dir)
+    test = ImageSet(test_dir, _test_transform(test_crop or image_size), decoder)
+    train = None
+    if for_training:
+        train_dir = data_dir / "train"
+        if not train_dir.is_dir():
+            raise UserError(f"--data-dir {data_dir} has no folder train/ with one folder a class; {_HOW_TO_GET}")
+        train = ImageSet(train_dir, _train_transform(image_size), decoder, seed, leave_out)
+        for only, there, missing in ((train, train_dir, test_dir), (test, test_dir, train_dir)):
+            other = test if only is train else train
+            unpaired = sorted(set(only.classes) - set(other.classes))
+            if unpaired:
+                raise UserError(
+                    f"class {unpaired[0]}{f' and {len(unpaired) - 1} others' if len(unpaired) > 1 else ''} of {there} "
+                    f"{'are' if len(unpaired) > 1 else 'is'} not in {missing}; the labels are the ranks of the sorted "
+                    "names, so both folders need the same classes"
+                )
+    whole = len(test.classes) == _IMAGENET_CLASSES and len(test) == _IMAGENET_TEST
+    return ImageData(train, test, "ImageNet-1K" if whole else f"{data_dir.resolve().name} (not the whole ImageNet-1K)")
+
+
+_HOW_TO_GET = "tools/prepare_imagenet.py makes it from the official archives, and --demo needs none"
+
+
+def _test_folder(data_dir: Path) -> Path:
+    if not data_dir.is_dir():
+        raise UserError(f"--data-dir {data_dir} does not exist; {_HOW_TO_GET}")
+    found = [data_dir / name for name in ("test", "val") if _class_folders(data_dir / name)]
+    if len(found) > 1:
+        raise UserError(
+            f"--data-dir {data_dir} has class folders in both test/ and val/; rename the one not to be used"
+        )
+    if not found:
+        raise UserError(f"--data-dir {data_dir} has no folder test/ or val/ with one folder a class; {_HOW_TO_GET}")
+    return found[0]
+
+
+def _class_folders(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _train_transform(size: int) -> Callable:
+    """The published augmentation. The same draws for PIL images and tensors."""
+    crop = v2.RandomResizedCrop(size, antialias=True)
+    return v2.Compose([crop, v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET), v2.PILToTensor()])
+
+
+def _test_transform(size: int) -> Callable:
+    shorter = round(size * 256 / 224)
+    return v2.Compose([v2.Resize(shorter, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+def readable(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor]:
+    """Collate a batch without the images that were left out.
+
+    Raises:
+        DataError: not one image of the batch could be read.
+    """
+    kept = [sample for sample in samples if sample is not None]
+    if not kept:
+        raise DataError(f"not one of the {len(samples)} images of a batch could be read; check the data set")
+    images, labels = default_collate(kept)
+    return images, labels
+
+
+def to_channels_last(net: nn.Module) -> None:
+    """Lay out the convolutions of ``net`` as ``[out, H, W, in]`` in memory; the numbers stay the same."""
+    for parameter in net.parameters():
+        if parameter.ndim == 4:  # torch's own .to(memory_format=) stops at SMA's 5-D time projections
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def normalized(channels_last: bool = False) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Make the function from a batch of bytes ``[B, 3, H, W]`` and labels to normalised float images and labels."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def prepare(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (_MEAN, _STD))
+        return ((images.float() / 255 - mean) / std).contiguous(memory_format=layout), labels
+
+    return prepare
+
+
+class Mixup:
+    """Mixup and CutMix of the published script (switched off there), by timm, on normalised images.
+
+    Alpha 0.8 and 1.0, one of the two in every batch with equal chance. The draws are keyed by (seed, epoch, process,
+    batch), so that a continued run repeats them.
+
+    Args:
+        prepare: from a batch to normalised images.
+        num_classes: K of the targets ``[B, K]``.
+        seed, rank: of the draws.
+    """
+
+    def __init__(
+        self, prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], num_classes: int, seed: int, rank: int
+    ):
+        from timm.data import Mixup as TimmMixup  # takes seconds to import: only where it is wanted
+
+        self.prepare, self.key = prepare, (seed, rank)
+        self.mixup = TimmMixup(0.8, 1.0, prob=1.0, switch_prob=0.5, label_smoothing=0.0, num_classes=num_classes)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start the draws of an epoch."""
+        self.epoch, self.batch = epoch, 0
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels = self.prepare(images, labels)
+        np.random.seed(sample_seed(*self.key, self.epoch, self.batch) % 2**32)  # timm draws from numpy's generator
+        self.batch += 1
+        # timm takes even batches only; the odd image (others may have been left out) goes unmixed.
+        even = len(images) - len(images) % 2
+        mixed, targets = self.mixup(images[:even], labels[:even])
+        if even < len(images):
+            last = torch.nn.functional.one_hot(labels[even:], targets.shape[1]).to(targets)
+            mixed, targets = torch.cat([mixed, images[even:]]), torch.cat([targets, last])
+        return mixed, targets

@@ -1,0 +1,89 @@
+"""Batches of a data set for every process: training samples shuffled, test samples each once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+from utils.distributed import Process
+from utils.errors import UserError
+
+__all__ = ["Data", "make_loaders", "sample_seed", "set_epoch"]
+
+
+class Data(Protocol):
+    """What loaders are made of."""
+
+    train: Dataset | None
+    test: Dataset
+
+
+class _Shard(Sampler[int]):
+    """Every ``world_size``-th sample, without padding: together the processes see every sample once."""
+
+    def __init__(self, count: int, process: Process):
+        self.indices = range(process.rank, count, process.world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def make_loaders(
+    data: Data,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    process: Process,
+    collate: Callable[[list], Any] | None = None,
+) -> tuple[DataLoader | None, DataLoader]:
+    """Loaders of training (shuffled by seed and epoch, incomplete batches dropped) and test batches of this process.
+
+    Call :func:`set_epoch` before every training epoch.
+
+    Args:
+        data: has ``train`` (None where only an evaluation is wanted) and ``test``.
+        batch_size: of this process.
+        collate: list of samples to a batch; torch's where it is None.
+
+    Raises:
+        UserError: there is no complete training batch for every process.
+    """
+    common = {
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "pin_memory": process.device.type == "cuda",
+        "collate_fn": collate,
+    }
+    test_batches = DataLoader(data.test, sampler=_Shard(len(data.test), process), **common)
+    if data.train is None:
+        return None, test_batches
+    needed = batch_size * process.world_size
+    if len(data.train) < needed:
+        raise UserError(
+            f"--batch-size: a step takes {needed} training samples ({batch_size} for each of {process.world_size} "
+            f"process(es)) and there are {len(data.train)}; use a smaller one"
+        )
+    sampler = DistributedSampler(data.train, process.world_size, process.rank, seed=seed, drop_last=True)
+    return DataLoader(data.train, sampler=sampler, drop_last=True, **common), test_batches
+
+
+def set_epoch(loader: DataLoader, epoch: int) -> None:
+    """Give the epoch to everything in a training loader that draws: the order and the augmentation."""
+    loader.sampler.set_epoch(epoch)
+    loader.dataset.epoch = epoch
+
+
+def sample_seed(*key: object) -> int:
+    """A seed keyed by for instance (seed, epoch, sample): draws do not depend on workers, processes or what ran before.
+
+    Returns:
+        56 bits, as many as every generator takes.
+    """
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:7], "little")
