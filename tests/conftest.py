@@ -16,6 +16,7 @@ SCRIPTS = {
     "dvs128": ROOT / "vgg8_dvs128_SMA.py",
     "cifar10dvs": ROOT / "vgg8_cifar10dvs_SMA.py",
     "ncaltech101": ROOT / "vgg8_NCaltech101_SMA.py",
+    "imagenet": ROOT / "train_amp.py",
 }
 # The smallest network and input that the scripts take: a training step takes milliseconds.
 SMALL = ["-T", "4", "--width", "0.125", "--frame-size", "32", "--device", "cpu", "--num-workers", "0", "-b", "4"]

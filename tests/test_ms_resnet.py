@@ -8,30 +8,9 @@ import torch
 from models import MSResNet, ms_resnet18, ms_resnet104, neurons, sma_ms_resnet18, sma_ms_resnet34, sma_ms_resnet104
 from models.ms_resnet import BatchNorm, MSBlock
 from models.sma import SMA
+from tools.benchmark import PublishedNeuron, with_published_neurons
 
 SMALL = {"width": 0.125, "num_classes": 5}
-
-
-def published_loop(x):
-    """The neuron by its equation, step by step; autograd sees only what the publication lets through."""
-
-    class Spike(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, u):
-            ctx.save_for_backward(u)
-            return (u >= 0.5).to(u)
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * ((ctx.saved_tensors[0] - 0.5).abs() < 0.5)
-
-    u, spikes = torch.zeros_like(x[0]), []
-    s = torch.zeros_like(x[0])
-    for t in range(len(x)):
-        u = 0.25 * u * (1 - s.detach()) + x[t]
-        s = Spike.apply(u)
-        spikes.append(s)
-    return torch.stack(spikes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -44,13 +23,27 @@ def test_the_neuron_follows_its_equation(dtype, by_spikingjelly, monkeypatch):
     weights = torch.randn_like(x)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     node = neurons.ms_lif()
-    outputs = [published_loop(inputs[0]), node(inputs[1])]
+    outputs = [PublishedNeuron()(inputs[0]), node(inputs[1])]
     assert 0.2 < outputs[0].float().mean() < 0.6
     assert torch.equal(*outputs)
     for output in outputs:
         (output * weights).sum().backward()
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 5e-2}[dtype]
     torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=tolerance, atol=tolerance)
+
+
+def test_the_baseline_of_the_benchmark_is_the_same_network():
+    torch.manual_seed(0)
+    net = sma_ms_resnet18(T=2, **SMALL)
+    baseline = with_published_neurons(copy.deepcopy(net))
+    assert not any(hasattr(module, "v_threshold") for module in baseline.modules())
+    x = torch.randn(2, 3, 32, 32)
+    logits = [net(x), baseline(x)]
+    assert torch.equal(*logits)
+    for output in logits:
+        output.pow(2).sum().backward()
+    gradients = [network.conv1[0].weight.grad for network in (net, baseline)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_the_surrogate_is_a_window_of_width_and_height_1():

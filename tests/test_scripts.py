@@ -38,7 +38,7 @@ def cifar_data(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", sorted(SCRIPTS))
+@pytest.mark.parametrize("name", sorted(OTHER))
 def test_a_run_writes_everything_that_is_promised_and_its_weights_evaluate(
     name, script, gesture_data, folder_data, cifar_data, tmp_path
 ):

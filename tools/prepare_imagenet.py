@@ -22,7 +22,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -31,8 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a file: the modules of the repository are one folder up
     sys.path.insert(0, str(ROOT))
 
-from utils.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, exit_with_sentence  # noqa: E402
-from utils.frames import _one_process_at_a_time  # noqa: E402
+from utils.args import SentenceParser  # noqa: E402
+from utils.errors import EXIT_INTERRUPTED, UserError, exit_with_sentence  # noqa: E402
+from utils.frames import one_process_at_a_time  # noqa: E402
 
 PAGE = "https://image-net.org/download-images"
 ARCHIVES = {
@@ -384,15 +385,9 @@ def prepare(args: argparse.Namespace) -> None:
         )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message} (all arguments: --help)\n")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = _Parser(
-        allow_abbrev=False,
+    parser = SentenceParser(
         description="Unpack the official archives of ImageNet-1K into DIR/{train,val}/<wnid>/*.JPEG.",
         epilog=f"Archives: {', '.join(ARCHIVES.values())}, from {PAGE}; they are looked for in DIR and DIR/download. "
         "After a kill the same command goes on. Example: python tools/prepare_imagenet.py --data-dir data/imagenet",
@@ -417,7 +412,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.train_tar or args.val_tar:
             args.data_dir.mkdir(parents=True, exist_ok=True)
-        with _one_process_at_a_time(args.data_dir):
+        with one_process_at_a_time(args.data_dir):
             prepare(args)
     except OSError as error:
         raise UserError(

@@ -21,6 +21,7 @@ from utils.errors import EXIT_USER_ERROR, UserError
 __all__ = [
     "COMMON",
     "ScriptParser",
+    "SentenceParser",
     "above_zero",
     "add_azo",
     "add_run",
@@ -53,19 +54,21 @@ COMMON: dict[str, Any] = {
 _MOST_WORKERS = 8
 
 
-class ScriptParser(argparse.ArgumentParser):
-    """A parser that holds only what the user gave, reports a mistake in one sentence and knows no abbreviations."""
+class SentenceParser(argparse.ArgumentParser):
+    """A parser that reports a mistake in one sentence and knows no abbreviations."""
 
-    def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            argument_default=argparse.SUPPRESS,
-            allow_abbrev=False,
-        )
+    def __init__(self, **keywords: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **keywords)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message} (all arguments: --help)\n")
+
+
+class ScriptParser(SentenceParser):
+    """The parser of a script: its result holds only what the user gave."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, argument_default=argparse.SUPPRESS)
 
     def group(self, title: str) -> Callable[..., None]:
         """A group of arguments: the function that adds one to it, with its default told in the help."""

@@ -30,7 +30,7 @@ import numpy as np
 
 from utils.errors import UserError
 
-__all__ = ["DATA_SETS", "DataSet", "frames_folder", "sample_name"]
+__all__ = ["DATA_SETS", "DataSet", "frames_folder", "one_process_at_a_time", "sample_name"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def frames_folder(about: DataSet, data_dir: Path, T: int) -> Path:
         raise UserError(about.missing(data_dir))
     frames_dir = data_dir / f"frames_number_{T}_split_by_number"
     try:
-        with _one_process_at_a_time(data_dir):
+        with one_process_at_a_time(data_dir):
             _set_aside_if_partial(frames_dir, data_dir / "events_np")
             if not frames_dir.is_dir():
                 _build(about, data_dir, frames_dir, T)
@@ -123,7 +123,7 @@ def frames_folder(about: DataSet, data_dir: Path, T: int) -> Path:
 
 
 @contextlib.contextmanager
-def _one_process_at_a_time(data_dir: Path) -> Iterator[None]:
+def one_process_at_a_time(data_dir: Path) -> Iterator[None]:
     """Processes of one run, and unrelated runs, build in turn: two at once corrupt a SpikingJelly data set."""
     try:
         lock = (data_dir / ".lock").open("w")

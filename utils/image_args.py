@@ -125,7 +125,7 @@ def image_parser(description: str, recipe: dict[str, Any]) -> ScriptParser:
     add("--data-dir", type=Path, metavar="DIR", help="holds train/ and test/ or val/", default="data/imagenet")
     add("--image-size", type=whole(32), metavar="N", help="side of the crops, pixels", default=recipe["image_size"])
     add("--test-crop", type=whole(32), metavar="N", help="of an image of 256/224 times that", default="--image-size")
-    add("--decoder", choices=DECODERS, help="torchvision is faster; same augmentation", default="pil")
+    add("--decoder", choices=DECODERS, help="torchcodec is faster; same augmentation", default="pil")
     add("--on-bad-image", choices=("stop", "skip"), help="unreadable training images", default="stop")
 
     add = parser.group("network")

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
 from utils.errors import DataError, UserError
@@ -39,7 +38,7 @@ __all__ = [
     "to_channels_last",
 ]
 
-DECODERS = ("pil", "torchvision")
+DECODERS = ("pil", "torchcodec")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in the range 0 to 1
 _IMAGENET_CLASSES, _IMAGENET_TEST = 1000, 50_000
 
@@ -54,12 +53,12 @@ class ImageSet(ImageFolder):
     Args:
         folder: holds one folder a class.
         transform: PIL image or uint8 tensor to ``[3, H, W]`` uint8.
-        decoder: ``"pil"``, or ``"torchvision"``, which gives tensors: decoding and transforms are faster.
+        decoder: ``"pil"``, or ``"torchcodec"``, which gives tensors: decoding and transforms are faster.
         seed: of the transform.
         leave_out: leave an unreadable image out, and say so, instead of raising.
 
     Raises:
-        UserError: there are no classes, or a class has no images.
+        UserError: there are no classes, or a class has no images, or torchcodec is wanted and cannot be imported.
         DataError: from a sample that cannot be read.
     """
 
@@ -80,8 +79,9 @@ class ImageSet(ImageFolder):
             ),
             allow_empty=True,
         )
-        self.folder, self.decoder, self.seed, self.leave_out = folder, decoder, seed, leave_out
+        self.folder, self.seed, self.leave_out = folder, seed, leave_out
         self.epoch = 0
+        self._decode = _torchcodec_decoder() if decoder == "torchcodec" else None
         self.left_out = multiprocessing.Value("q", 0)  # one count for all workers
         empty = sorted(set(range(len(self.classes))) - set(self.targets))
         if empty:
@@ -123,15 +123,24 @@ class ImageSet(ImageFolder):
             generator.set_state(before)
 
     def _read(self, path: str) -> Image.Image | Tensor:
-        if self.decoder == "torchvision":
+        if self._decode is not None:
             try:
-                image = decode_image(read_file(path), mode=ImageReadMode.RGB)
-                if image.dtype == torch.uint8:
-                    return image
-            except RuntimeError:
+                return self._decode(path, mode="RGB")
+            except (RuntimeError, ValueError):
                 pass  # a format that PIL reads, or a damaged file, of which PIL tells what is wrong
         with Image.open(path) as image:
             return image.convert("RGB")
+
+
+def _torchcodec_decoder() -> Callable:
+    try:
+        from torchcodec.decoders import decode_image  # an option, and not installed by default
+    except (ImportError, RuntimeError, OSError) as error:  # its library may be built for another torch
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--decoder torchcodec cannot be used ({reason}); install torchcodec, or use --decoder pil"
+        ) from error
+    return decode_image
 
 
 @dataclass(frozen=True)
