@@ -1,18 +1,26 @@
 """README.md stays true: its commands parse, its example runs, its files exist."""
 
+import argparse
 import contextlib
 import io
 import re
 import shlex
 
 from tests.conftest import ROOT, SCRIPTS
+from tools import benchmark, prepare_imagenet
 from utils.event_args import event_parser
+from utils.image_args import image_parser
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPE = {
     "timesteps": 1, "RCR": 1, "RTR": 1, "batch_size": 1, "epochs": 1, "lr": 1.0, "decay": 1.0, "seed": 0,
-    "split_seed": 0, "flip": True,
+    "split_seed": 0, "flip": True, "net": "", "image_size": 1, "label_smoothing": 0.0,
 }  # fmt: skip
+PARSERS = {path.name: event_parser("", RECIPE) for path in SCRIPTS.values()} | {
+    "train_amp.py": image_parser("", RECIPE),
+    "tools/prepare_imagenet.py": prepare_imagenet.make_parser(),
+    "tools/benchmark.py": benchmark.make_parser(),
+}
 
 
 def code(language):
@@ -27,18 +35,23 @@ def test_the_two_commands_stand_alone_on_one_line():
 
 def test_every_command_of_a_script_parses():
     commands = [line for block in code("bash") for line in block.splitlines()] + re.findall(r"`(python [^`]*)`", README)
-    found = 0
+    found = []
     for command in commands:
         words = shlex.split(command.partition("&& ")[2] or command)
-        script = next((word for word in words if word in {path.name for path in SCRIPTS.values()}), None)
+        script = next((word for word in words if word in PARSERS), None)
         if script is not None:
-            event_parser("", RECIPE).parse_args(words[words.index(script) + 1 :])
-            found += 1
-    assert found >= 7
+            PARSERS[script].parse_args(words[words.index(script) + 1 :])
+            found.append(script)
+    assert set(found) == set(PARSERS) and len(found) >= 14
 
 
 def test_every_flag_that_is_named_exists():
-    known = {option for action in event_parser("", RECIPE)._actions for option in action.option_strings}
+    parsers = [*PARSERS.values()]
+    for parser in PARSERS.values():
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     launchers = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--help"}
     assert set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", README)) <= known | launchers
 

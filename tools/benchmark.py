@@ -38,7 +38,7 @@ from utils.errors import UserError, exit_with_sentence, user_input
 from utils.image_args import NETS
 from utils.images import DECODERS, load_image_data, to_channels_last
 
-__all__ = ["PublishedNeuron", "with_published_neurons"]
+__all__ = ["PublishedNeuron", "make_parser", "with_published_neurons"]
 
 FACTORIES = {
     "resnet18": (sma_ms_resnet18, ms_resnet18),
@@ -288,7 +288,8 @@ def _machine(device: str | None) -> dict[str, str]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of this tool's command line."""
     parser = SentenceParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     model = commands.add_parser("model", help=benchmark_model.__doc__)
@@ -313,7 +314,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Run one benchmark and print its table."""
-    args = _parser().parse_args()
+    args = make_parser().parse_args()
     rows = (benchmark_model if args.command == "model" else benchmark_images)(args)
     machine = _machine(getattr(args, "device", "cpu"))
     print(", ".join(f"{name} {value}" for name, value in machine.items()))

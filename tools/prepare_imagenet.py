@@ -385,8 +385,8 @@ def prepare(args: argparse.Namespace) -> None:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of this tool's command line."""
     parser = SentenceParser(
         description="Unpack the official archives of ImageNet-1K into DIR/{train,val}/<wnid>/*.JPEG.",
         epilog=f"Archives: {', '.join(ARCHIVES.values())}, from {PAGE}; they are looked for in DIR and DIR/download. "
@@ -407,7 +407,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--delete-archives", action="store_true", help="delete the archives used once all counts are right"
     )
     parser.add_argument("--any-count", action="store_true", help="for subsets: do not demand the official numbers")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = make_parser().parse_args(argv)
     print(f"preparing ImageNet-1K in {args.data_dir}; if another process does so already, this one waits", flush=True)
     try:
         if args.train_tar or args.val_tar:
@@ -420,7 +425,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "written and has room (155 GB for all images), and run this again: whole classes stay"
         ) from error
     except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted; whole classes stay, and the same command goes on", file=sys.stderr)
+        print(
+            f"\n{os.path.basename(sys.argv[0])}: interrupted; whole classes stay, and the same command goes on",
+            file=sys.stderr,
+        )
         sys.exit(EXIT_INTERRUPTED)
 
 

@@ -92,9 +92,8 @@ def describe_ms_resnet(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     suffix = ".residual_function.2.T_before_attention_conv.weight"
     with_sma = [name for name in weights if name.endswith(suffix)]
     found = {"num_classes": last.shape[0], "width": first.shape[0] / 64, "net": nets[tuple(stages)]}
-    # In ResNet-18 the first two blocks of a stage are all of them.
-    places = {0: "none", sum(stages): "all", 8: "first-two"}
-    if len(with_sma) in places:
+    places = {0: "none", 8: "first-two", sum(stages): "all"}
+    if len(with_sma) in places and len(places) == 3:  # in ResNet-18 the first two blocks of a stage are all of them
         found["sma_blocks"] = places[len(with_sma)]
     if with_sma:
         found["timesteps"] = weights[with_sma[0]].shape[1]
