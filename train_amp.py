@@ -113,7 +113,7 @@ def main() -> None:
         trained = DistributedDataParallel(net) if process.world_size > 1 else net
         torch.manual_seed(args.seed + process.rank)  # dropout differs between the processes
         parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "trained": net if args.ema else None}
-        checkpoints = Checkpoints(args.output_dir, recipe_of(args), process, evaluated, **parts)
+        checkpoints = Checkpoints(args.output_dir, recipe_of(args), process, evaluated, args.keep_every, **parts)
         done = checkpoints.resume(args.resume)
         log.open(vars(args), facts, done)
 
@@ -129,7 +129,7 @@ def main() -> None:
             batches = log.progress(train_batches, f"train {epoch}/{args.epochs}")
             train = train_one_epoch(
                 trained, batches, train_loss, optimizer, scaler, process.device, args.amp, mixup or prepare,
-                args.accumulate,
+                args.accumulate, epoch,
             )  # fmt: skip
             test = tested(f"test {epoch}/{args.epochs}")
             scheduler.step()

@@ -96,9 +96,8 @@ def main() -> None:
         scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
         trained = DistributedDataParallel(net) if process.world_size > 1 else net
         torch.manual_seed(args.seed + process.rank)  # dropout differs between the processes
-        checkpoints = Checkpoints(
-            args.output_dir, recipe_of(args), process, net, optimizer=optimizer, scheduler=scheduler, scaler=scaler
-        )
+        parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        checkpoints = Checkpoints(args.output_dir, recipe_of(args), process, net, args.keep_every, **parts)
         done = checkpoints.resume(args.resume)
         log.open(vars(args), facts, done)
 
@@ -106,7 +105,9 @@ def main() -> None:
             began, lr = time.monotonic(), optimizer.param_groups[0]["lr"]
             set_epoch(train_batches, epoch)
             batches = log.progress(train_batches, f"train {epoch}/{args.epochs}")
-            train = train_one_epoch(trained, batches, mse_of_mean, optimizer, scaler, process.device, args.amp)
+            train = train_one_epoch(
+                trained, batches, mse_of_mean, optimizer, scaler, process.device, args.amp, epoch=epoch
+            )
             test = evaluate(net, log.progress(test_batches, f"test {epoch}/{args.epochs}"), mse_of_mean, process.device)
             scheduler.step()
             log.epoch(epoch, args.epochs, train, test, lr, time.monotonic() - began)

@@ -1,6 +1,7 @@
 """Reading weights from anywhere, safely; saving whole files; continuing a run."""
 
 import pickle
+import random
 import zipfile
 
 import pytest
@@ -194,7 +195,89 @@ def test_best_is_kept_apart_from_last(tmp_path):
     assert (best["epoch"], last["epoch"]) == (2, 3)
     assert last["best"] == {"acc1": 30.0, "epoch": 2}
     assert same(last["model"], net.state_dict()) and not same(best["model"], last["model"])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt", "previous.pt"]
+    assert torch.load(tmp_path / "previous.pt", weights_only=True)["epoch"] == 2
+
+
+def test_every_n_th_checkpoint_is_kept(tmp_path):
+    _, net, optimizer = make(tmp_path)
+    checkpoints = Checkpoints(tmp_path, {}, ALONE, net, keep_every=2, optimizer=optimizer)
+    for epoch in range(1, 6):
+        checkpoints.save(epoch, 10.0 * epoch)
+    kept = {p.name: torch.load(p, weights_only=True)["epoch"] for p in tmp_path.glob("*.pt")}
+    assert kept == {"last.pt": 5, "best.pt": 5, "previous.pt": 4, "epoch_0002.pt": 2, "epoch_0004.pt": 4}
+
+
+def damages(whole):
+    """33 ways in which a file comes to grief."""
+    rng = random.Random(0)
+    for _ in range(10):
+        yield whole[: rng.randrange(1, len(whole))]
+    for place in [len(whole) - 70, len(whole) - 72, *(rng.randrange(len(whole)) for _ in range(18))]:
+        yield whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :]
+    yield bytes(len(whole))
+    yield b""
+    yield b"<!DOCTYPE html><html>quota exceeded</html>"
+
+
+def test_a_damaged_last_checkpoint_is_told_and_the_previous_one_continues(tmp_path, capsys):
+    checkpoints, net, optimizer = make(tmp_path)
+    expected = []
+    for epoch in (1, 2):
+        step(net, optimizer)
+        checkpoints.save(epoch, 10.0 * epoch)
+        expected.append({k: v.clone() for k, v in net.state_dict().items()})
+    whole = (tmp_path / "last.pt").read_bytes()
+    previous = (tmp_path / "previous.pt").read_bytes()
+    (tmp_path / "best.pt").unlink()  # it is the same as last.pt here
+    count = 0
+    for damaged in damages(whole):
+        (tmp_path / "last.pt").unlink()
+        (tmp_path / "last.pt").write_bytes(damaged)
+        continued, net, optimizer = make(tmp_path, seed=9)
+        assert continued.resume("auto") == 1
+        assert same(net.state_dict(), expected[0])
+        told = capsys.readouterr().err
+        assert f"file {tmp_path / 'last.pt'} is" in told and "continuing from" in told and told.count("\n") == 1
+        assert (tmp_path / "previous.pt").read_bytes() == previous
+        count += 1
+    assert count == 33
+    # The next save replaces the damaged file; the whole one stays until the save after that.
+    continued.save(2, 20.0)
+    assert (tmp_path / "previous.pt").read_bytes() == previous
+    assert make(tmp_path)[0].resume("auto") == 2
+
+
+def test_no_whole_checkpoint_is_one_sentence(tmp_path):
+    make(tmp_path)[0].save(1, 10.0)
+    for path in tmp_path.glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"no checkpoint of the run in --output-dir .* can be read \(.*is empty"):
+        make(tmp_path)[0].resume("auto")
+
+
+def test_what_a_killed_save_left_is_cleaned_up(tmp_path):
+    (tmp_path / ".last.pt.partial").write_bytes(b"half")
+    assert make(tmp_path)[0].resume("auto") == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_stays_a_plain_file_of_torch(tmp_path):
+    make(tmp_path)[0].save(1, 10.0)
+    with zipfile.ZipFile(tmp_path / "last.pt") as archive:
+        assert archive.testzip() is None and archive.comment.startswith(b"sha256:")
+    mapped = torch.load(tmp_path / "last.pt", weights_only=True, mmap=True)
+    assert set(mapped["model"]) == {"weight", "bias"}
+
+
+def test_weights_with_a_changed_byte_are_refused(tmp_path):
+    _, net, _ = make(tmp_path)
+    make(tmp_path)[0].save(1, 10.0)
+    content = bytearray((tmp_path / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "changed.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"changed\.pt is damaged: its checksum is another"):
+        load_weights(net, tmp_path / "changed.pt")
 
 
 def test_another_recipe_is_refused_with_the_differing_fields(tmp_path):

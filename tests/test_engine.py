@@ -104,15 +104,73 @@ def test_bf16_training_computes_in_bf16_and_keeps_float32_weights():
     assert {p.dtype for p in net.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("poison", ["input", "weights"])
-def test_divergence_stops_with_the_learning_rate(poison):
-    (frames, labels), net = samples(4), small()
+@pytest.mark.parametrize("poison", ["input", "weights", "loss", "gradient"])
+def test_divergence_stops_before_the_step_and_says_where(poison):
+    (frames, labels), net = samples(12), small()
+    criterion, poisoned = mse_of_mean, 2
     if poison == "input":
-        frames[2] = math.inf  # the loss stays finite: neurons that get nan do not spike
-    else:
+        frames[5] = math.inf  # the loss stays finite: neurons that get nan do not spike
+    elif poison == "weights":
         net.others[8].weight.data[0] = math.inf
-    with pytest.raises(UserError, match=r"training diverged at learning rate 0\.1"):
-        train(net, batches(frames, labels, 4))
+        poisoned = 1
+    elif poison == "loss":
+        calls = []
+
+        def criterion(logits, labels):
+            calls.append(1)
+            return mse_of_mean(logits, labels) * (math.nan if len(calls) == 2 else 1.0)
+    else:
+        calls = []
+        net.block1[0][0].weight.register_hook(
+            lambda grad: grad * math.inf if calls.append(1) or len(calls) == 2 else grad
+        )
+    before = []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: before.append([p.detach().clone() for p in net.parameters()]))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(UserError, match=rf"diverged in epoch 7, step {poisoned}, at learning rate 0\.1"):
+        train_one_epoch(net, batches(frames, labels, 4), criterion, optimizer, scaler, CPU, epoch=7)
+    assert len(before) == poisoned - 1  # the poisoned step was not taken
+    if poison != "weights":
+        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before[-1], strict=True))
+
+
+def test_a_streak_of_steps_skipped_by_the_scaler_stops():
+    net = small()
+    net.block1[0][0].weight.register_hook(lambda grad: grad * math.inf)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    before = [p.detach().clone() for p in net.parameters()]
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    with pytest.raises(UserError, match=r"step 25, .* fp16 gradients were not finite in 25 steps in a row"):
+        train_one_epoch(net, batches(*samples(60), 2), mse_of_mean, optimizer, scaler, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+
+
+def test_the_gradients_of_the_parts_add_up_to_those_of_the_batch():
+    (frames, labels), results = samples(8), []
+    for accumulate in (1, 2, 4):
+        net = frozen(small())
+        net.train = lambda mode=True: None  # keep the stored statistics: BatchNorm sees one part at a time
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        result = train_one_epoch(
+            net, batches(frames, labels, 8), mse_of_mean, optimizer, scaler, CPU, accumulate=accumulate
+        )
+        assert result["count"] == 8
+        results.append(([p.detach() for p in net.parameters()], result["loss"]))
+    for weights, loss in results[1:]:
+        torch.testing.assert_close(weights, results[0][0], rtol=1e-4, atol=1e-7)
+        assert loss == pytest.approx(results[0][1], rel=1e-6)
+
+
+def test_top_5_counts_the_label_among_the_five_largest():
+    logits = torch.arange(8.0).repeat(4, 1)  # the five largest are 3 to 7
+    net = nn.Sequential(nn.Identity())
+    result = evaluate(
+        net, [(logits, torch.tensor([7, 3, 2, 5]))], lambda x, y: x.sum() * 0, CPU, lambda x, y: (x, y), top=5
+    )
+    assert (result["correct"], result["correct5"], result["count"]) == (1, 3, 4)
+    assert (result["acc1"], result["acc5"]) == (25.0, 75.0)
 
 
 # Several processes --------------------------------------------------------------------------------------------------

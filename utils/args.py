@@ -43,6 +43,7 @@ COMMON: dict[str, Any] = {
     "evaluate": False,
     "weights": None,
     "resume": "auto",
+    "keep_every": 0,
     "device": None,
     "amp": None,
     "backend": "auto",
@@ -98,6 +99,7 @@ def add_run(parser: ScriptParser, name: str) -> None:
     add("--weights", type=Path, metavar="FILE", help="start from these weights, or evaluate them")
     add("--evaluate", action="store_true", help="evaluate --weights and stop")
     add("--resume", metavar="auto|never|FILE", help="continue the run in the output directory", default="auto")
+    add("--keep-every", type=whole(0), metavar="N", help="keep the checkpoint of every N-th epoch", default="0: none")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N", default="a GPU where there is one")
     add("--backend", choices=("auto", "cupy", "torch"), help="of the neurons", default="auto")
     add("--num-workers", type=whole(0), metavar="N", help="loader processes", default="the cores, at most 8")

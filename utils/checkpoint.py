@@ -1,8 +1,10 @@
-"""Weights and checkpoints: reading released and own files safely, saving whole files only, resuming."""
+"""Weights and checkpoints: the names inside released and own files, saving and continuing a run."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ from torch import Tensor, nn
 
 from utils.distributed import Process, gather
 from utils.errors import UserError
+from utils.files import DamagedFileError, partial_of, read_checked, write_checked
 
 __all__ = ["Checkpoints", "describe_ms_resnet", "describe_vgg8", "load_weights", "read_weights"]
 
-FORMAT = 1
+FORMAT = 2
 _WRAPPERS = ("model", "net", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -40,7 +43,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         The state dict under the names of this project, and whatever plain values lay beside it (for a file of this
         project: ``epoch``, ``recipe``, ...; empty for a bare state dict).
     """
-    return _unwrap(_read(path), path)
+    return _unwrap(read_checked(path)[0], path)
 
 
 def _unwrap(content: Mapping, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -100,35 +103,6 @@ def describe_ms_resnet(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
-def _read(path: str | Path) -> Mapping:
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"file {path} does not exist; give the path of a .pt or .pth file")
-    try:
-        with path.open("rb") as file:
-            head = file.read(512).lstrip()
-    except OSError as error:
-        raise UserError(f"file {path} cannot be read: {error.strerror or error}") from error
-    if not head:
-        raise UserError(f"file {path} is empty; download or copy it again")
-    if head[:1] == b"<":
-        raise UserError(
-            f"file {path} is a web page, not weights; open the link in a browser and download the file itself"
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types on a damaged file
-        if "Unsupported global" in str(error):
-            raise UserError(
-                f"file {path} holds more than tensors and plain values and is not opened, because such a file can run "
-                "code; save its state_dict() alone where it came from"
-            ) from error
-        raise UserError(f"file {path} is damaged or is no weights file; download or copy it again") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"file {path} holds a {type(content).__name__} and no state dict")
-    return content
-
-
 def _put_weights(net: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
     problem = _mismatch(weights, net.state_dict())
     if problem:
@@ -174,59 +148,70 @@ class Checkpoints:
     """``last.pt`` and ``best.pt`` of a run, and continuing from them.
 
     A file holds the weights under ``model`` (without wrapper prefixes), the states of whatever is named in
-    ``parts``, the random state of every process, the epochs done and the recipe: tensors and plain values only.
+    ``parts``, the random state of every process, the epochs done and the recipe: tensors and plain values only, and a
+    checksum. ``previous.pt`` is the ``last.pt`` before this one, for the day when ``last.pt`` is damaged.
 
     Args:
         directory: the output directory; only the first process writes there.
         recipe: the settings that the result depends on, plain values.
         net: the network that is evaluated (itself, not its wrapper): its weights go under ``model``.
+        keep_every: also keep the checkpoint of every so many epochs, as ``epoch_<n>.pt``; 0: none.
         parts: optimiser, schedule, scaler, and the trained network where an average of it is evaluated: everything
             else with ``state_dict`` / ``load_state_dict``. None is left out.
     """
 
-    def __init__(self, directory: Path, recipe: dict[str, Any], process: Process, net: nn.Module, **parts: Any):
-        self.directory, self.recipe, self.process = directory, recipe, process
+    def __init__(
+        self,
+        directory: Path,
+        recipe: dict[str, Any],
+        process: Process,
+        net: nn.Module,
+        keep_every: int = 0,
+        **parts: Any,
+    ):
+        self.directory, self.recipe, self.process, self.keep_every = directory, recipe, process, keep_every
         self.net, self.parts = net, {name: part for name, part in parts.items() if part is not None}
         self.best: dict[str, float] = {"acc1": -1.0, "epoch": 0}
+        self.last = directory / "last.pt"
+        self._last_is_whole = False  # as far as this process knows
 
     def resume(self, how: str) -> int:
         """Continue where a run stopped, if there is one.
 
         Args:
-            how: ``"auto"`` continues ``last.pt`` of the output directory where there is one, ``"never"`` insists on
-                an empty output directory, anything else is the checkpoint file to continue.
+            how: ``"auto"`` continues ``last.pt`` of the output directory where there is one (where it is damaged, the
+                newest checkpoint that is whole), ``"never"`` insists on an output directory without a run, anything
+                else is the checkpoint file to continue.
 
         Returns:
             The number of epochs already done.
 
         Raises:
-            UserError: the run to continue has another recipe, or a run would be overwritten.
+            UserError: the run to continue has another recipe, or a run would be overwritten, or none of its checkpoints
+                can be read.
         """
-        last = self.directory / "last.pt"
+        if self.process.is_first:
+            for leftover in self.directory.glob(".*.pt.partial"):  # of a save that was killed
+                leftover.unlink()
+        existing = self._existing()
         if how == "never":
-            if last.exists():
+            if existing:
                 raise UserError(
                     f"--output-dir {self.directory} already holds a run; choose another --output-dir, or continue it "
                     "with --resume auto"
                 )
             return 0
         if how == "auto":
-            if not last.exists():
+            if not existing:
                 return 0
-            source = last
+            source, state = self._newest_whole(existing)
         else:
             source = Path(how)
-            if last.exists() and source.resolve().parent != self.directory.resolve():
+            if existing and source.resolve().parent != self.directory.resolve():
                 raise UserError(
                     f"--resume {source} would overwrite the run in --output-dir {self.directory}; choose another one"
                 )
-        state = _read(source)
-        missing = {"format", "model", "epoch", "best", "recipe", "rng", *self.parts} - state.keys()
-        if missing:
-            raise UserError(
-                f"file {source} is no checkpoint of a run: it lacks {', '.join(sorted(missing))}; "
-                "weights alone are loaded with --weights"
-            )
+            state = self._read(source)
         differing = [
             f"{key} is {state['recipe'].get(key)} there and {value} here"
             for key, value in self.recipe.items()
@@ -241,6 +226,7 @@ class Checkpoints:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.best = state["best"]
+        self._last_is_whole = source == self.last
         if len(state["rng"]) == self.process.world_size:
             _set_random_state(state["rng"][self.process.rank], self.process.device)
         return state["epoch"]
@@ -262,24 +248,67 @@ class Checkpoints:
             "best": self.best,
             "recipe": self.recipe,
         }
+        if self._last_is_whole:  # a damaged one must not take the place of the whole one before it
+            _second_name(self.last, self.directory / "previous.pt")
+        write_checked(state, self.last)
+        self._last_is_whole = True
         if is_best:
-            _save_whole(state, self.directory / "best.pt")
-        _save_whole(state, self.directory / "last.pt")
+            _second_name(self.last, self.directory / "best.pt")
+        if self.keep_every and epoch % self.keep_every == 0:
+            _second_name(self.last, self.directory / f"epoch_{epoch:04}.pt")
 
+    def _existing(self) -> list[Path]:
+        """The checkpoints of the run, the newest first as far as names tell."""
+        kept = sorted(self.directory.glob("epoch_*.pt"), reverse=True)
+        candidates = [self.last, self.directory / "previous.pt", *kept, self.directory / "best.pt"]
+        return [path for path in candidates if path.exists()]
 
-def _save_whole(state: dict[str, Any], path: Path) -> None:
-    """Write beside, flush to the disk, rename: a kill at any moment leaves the old file or the new one."""
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        with beside.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
+    def _read(self, path: Path) -> Mapping:
+        state, verified = read_checked(path)
+        missing = {"format", "model", "epoch", "best", "recipe", "rng", *self.parts} - state.keys()
+        if missing:
+            raise UserError(
+                f"file {path} is no checkpoint of a run: it lacks {', '.join(sorted(missing))}; "
+                "weights alone are loaded with --weights"
+            )
+        if state["format"] != FORMAT:
+            raise UserError(
+                f"checkpoint {path} has format {state['format']} and this program reads {FORMAT}; its weights can be "
+                "loaded with --weights into another --output-dir"
+            )
+        if not verified:
+            raise DamagedFileError(f"file {path} is damaged: it does not end with its checksum")
+        return state
+
+    def _newest_whole(self, paths: list[Path]) -> tuple[Path, Mapping]:
+        damaged = []
+        for path in paths:
+            try:
+                state = self._read(path)
+            except DamagedFileError as error:
+                damaged.append(str(error))
+                continue
+            if damaged and self.process.is_first:
+                print(f"{'; '.join(damaged)}; continuing from {path}, epoch {state['epoch']}", file=sys.stderr)
+            return path, state
         raise UserError(
-            f"checkpoint {path} cannot be written: {error.strerror or error}; the previous one is whole"
-        ) from error
+            f"no checkpoint of the run in --output-dir {self.directory} can be read ({'; '.join(damaged)}); "
+            "choose another --output-dir"
+        )
+
+
+def _second_name(path: Path, name: Path) -> None:
+    """Let the file ``path`` go by ``name`` as well, in one step; a copy where the disk cannot link."""
+    beside = partial_of(name)
+    beside.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(path, beside)
+        except OSError:
+            shutil.copyfile(path, beside)
+        os.replace(beside, name)
+    except OSError as error:
+        raise UserError(f"checkpoint {name} cannot be written: {error.strerror or error}; {path} is whole") from error
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

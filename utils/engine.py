@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -17,6 +16,9 @@ from utils.errors import UserError
 __all__ = ["AMP_DTYPES", "evaluate", "time_first", "train_one_epoch"]
 
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
+
+_MOST_SKIPPED = 25  # the scaler halves its factor at each: from 65536 down to below 1
+_REMEDY = "lower --lr or use --amp off; the last finished epoch is saved"
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Prepare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -61,6 +63,7 @@ def train_one_epoch(
     amp: str = "off",
     prepare: Prepare = time_first,
     accumulate: int = 1,
+    epoch: int = 1,
 ) -> dict[str, float]:
     """Train on every batch once, one optimiser step a batch.
 
@@ -72,17 +75,20 @@ def train_one_epoch(
         prepare: samples and labels on the device to the inputs of the network and the targets of the criterion.
         accumulate: split every batch into so many parts, one after the other, and add up their gradients. BatchNorm
             and AZO see one part at a time.
+        epoch: for the message of a run that diverges.
 
     Returns:
         ``loss`` (mean over samples), ``acc1`` (percent), ``correct`` and ``count`` over all processes.
 
     Raises:
-        UserError: the loss or the weights are not finite any more; nothing of the epoch should be kept.
+        UserError: the loss or a gradient is not finite (told before the optimiser's step), the fp16 scaler has skipped
+            too many steps in a row, or a running statistic is not finite; nothing of the epoch should be kept.
     """
     net.train()
     reset_net(net)  # whatever an interrupted batch left behind
     sums = _Sums(device)
-    for samples, labels in batches:
+    skipped = 0  # steps in a row
+    for step, (samples, labels) in enumerate(batches, 1):
         optimizer.zero_grad(set_to_none=True)
         parts = list(zip(samples.chunk(accumulate), labels.chunk(accumulate), strict=True))
         for number, (some, their_labels) in enumerate(parts, 1):
@@ -95,16 +101,19 @@ def train_one_epoch(
                 scaler.scale(loss * (len(some) / len(samples))).backward()
             reset_net(net)
             sums.add(loss, logits, their_labels)
+        where = f"training diverged in epoch {epoch}, step {step}, at learning rate {optimizer.param_groups[0]['lr']:g}"
+        if not _is_finite(loss, net, scaler):
+            raise UserError(f"{where}: the loss ({loss.item():.4g}) or a gradient is not finite; {_REMEDY}")
+        scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-    result = sums.result()
-    # The loss alone does not tell: neurons that get nan stay silent, and the last layer's bias gives a finite loss.
-    if not math.isfinite(result["loss"]) or not all(value.isfinite().all() for value in net.state_dict().values()):
-        raise UserError(
-            f"training diverged at learning rate {optimizer.param_groups[0]['lr']:g}: the loss is {result['loss']:.4g} "
-            "and the weights are no longer finite; lower --lr or use --amp off; the last finished epoch is saved"
-        )
-    return result
+        skipped = skipped + 1 if scaler.get_scale() < scale else 0
+        if skipped == _MOST_SKIPPED:
+            raise UserError(f"{where}: fp16 gradients were not finite in {skipped} steps in a row; {_REMEDY}")
+    # A batch with nan may pass all these: neurons that get nan stay silent. It shows in the running statistics.
+    if not all(value.isfinite().all() for value in net.state_dict().values()):
+        raise UserError(f"{where}: the running statistics are no longer finite; check the data, or {_REMEDY}")
+    return sums.result()
 
 
 @torch.inference_mode()
@@ -132,6 +141,15 @@ def evaluate(
         reset_net(net)
         sums.add(criterion(logits, targets), logits, labels)
     return sums.result()
+
+
+def _is_finite(loss: Tensor, net: nn.Module, scaler: torch.amp.GradScaler) -> bool:
+    """Whether a step may be taken. With fp16 the scaler looks at the gradients, which overflow now and then."""
+    finite = loss.detach().isfinite()
+    if not scaler.is_enabled():
+        gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+        finite = finite & torch.nn.utils.get_total_norm(gradients).isfinite()
+    return bool(finite)
 
 
 def _gradients_stay_local(net: nn.Module) -> AbstractContextManager:

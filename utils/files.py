@@ -1,0 +1,119 @@
+"""Files of tensors and plain values: written whole with a checksum, read without running any code of theirs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from utils.errors import UserError
+
+__all__ = ["DamagedFileError", "partial_of", "read_checked", "write_checked"]
+
+_CHUNK = 1 << 20
+# torch saves a zip archive. Its comment, the very end of the file, holds the checksum of everything before it: the file
+# stays one that torch.load and any zip program open. A zip ends with a record of 22 bytes whose last two are the
+# length of the comment.
+_MARK = b"sha256:"
+_COMMENT = len(_MARK) + 2 * hashlib.sha256().digest_size
+_NO_COMMENT = struct.pack("<H", 0)
+
+
+class DamagedFileError(UserError):
+    """A file that is not what was once written."""
+
+
+def write_checked(content: Mapping[str, Any], path: Path) -> None:
+    """Write beside, flush to the disk, rename: a kill at any moment leaves the old file or the new one.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written to; the old file is untouched.
+    """
+    beside = partial_of(path)
+    try:
+        with beside.open("w+b") as file:
+            torch.save(content, file)
+            length = file.tell() - len(_NO_COMMENT)
+            comment = _MARK + _checksum(file, length).encode()
+            file.seek(length)
+            file.write(struct.pack("<H", len(comment)) + comment)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(
+            f"checkpoint {path} cannot be written: {error.strerror or error}; the previous one is whole"
+        ) from error
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file is written before it gets its name; what a killed process leaves."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def read_checked(path: str | Path) -> tuple[Mapping, bool]:
+    """Read what a file holds: tensors and plain values only; a checksum is verified where there is one.
+
+    Returns:
+        The content, and whether there was a checksum (as in all files that this program writes).
+
+    Raises:
+        DamagedFileError: the file is cut off, changed or empty, or no file of torch at all.
+        UserError: it is missing, cannot be opened, or holds something else than a dictionary of plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"file {path} does not exist; give the path of a .pt or .pth file")
+    try:
+        with path.open("rb") as file:
+            head = file.read(512).lstrip()
+            if not head:
+                raise DamagedFileError(f"file {path} is empty; download or copy it again")
+            if head[:1] == b"<":
+                raise DamagedFileError(
+                    f"file {path} is a web page, not weights; open the link in a browser and download the file itself"
+                )
+            verified = _verify(file, path)
+    except OSError as error:
+        raise UserError(f"file {path} cannot be read: {error.strerror or error}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types on a damaged file
+        if "Unsupported global" in str(error):
+            raise UserError(
+                f"file {path} holds more than tensors and plain values and is not opened, because such a file can run "
+                "code; save its state_dict() alone where it came from"
+            ) from error
+        raise DamagedFileError(f"file {path} is damaged or is no weights file; download or copy it again") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"file {path} holds a {type(content).__name__} and no state dict")
+    return content, verified
+
+
+def _verify(file: BinaryIO, path: Path) -> bool:
+    """Whether the file has a checksum; DamagedFileError where it has that of another content."""
+    start = struct.pack("<H", _COMMENT) + _MARK
+    length = file.seek(0, os.SEEK_END) - len(_NO_COMMENT) - _COMMENT
+    file.seek(max(0, length))
+    stored = file.read()
+    if length < 0 or not stored.startswith(start):
+        return False
+    if stored.removeprefix(start) != _checksum(file, length).encode():
+        raise DamagedFileError(f"file {path} is damaged: its checksum is another; download or copy it again")
+    return True
+
+
+def _checksum(file: BinaryIO, length: int) -> str:
+    """Of the first ``length`` bytes and the length of no comment: of the file as torch saved it."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while length > 0 and (chunk := file.read(min(_CHUNK, length))):
+        digest.update(chunk)
+        length -= len(chunk)
+    digest.update(_NO_COMMENT)
+    return digest.hexdigest()
