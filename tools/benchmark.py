@@ -31,10 +31,10 @@ if not __package__:  # run as a file: the modules of the repository are one fold
 
 from models import ms_resnet18, ms_resnet34, ms_resnet104, sma_ms_resnet18, sma_ms_resnet34, sma_ms_resnet104
 from models.neurons import Rectangle, reset_net, select_backend, spikingjelly_version
-from utils.args import SentenceParser, whole
+from utils.args import whole
 from utils.demo_images import PATTERNS, render_picture
 from utils.engine import AMP_DTYPES
-from utils.errors import UserError, exit_with_sentence, user_input
+from utils.errors import SentenceParser, UserError, exit_with_sentence, user_input
 from utils.image_args import NETS
 from utils.images import DECODERS, load_image_data, to_channels_last
 

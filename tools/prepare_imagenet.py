@@ -31,8 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a file: the modules of the repository are one folder up
     sys.path.insert(0, str(ROOT))
 
-from utils.args import SentenceParser  # noqa: E402
-from utils.errors import EXIT_INTERRUPTED, UserError, exit_with_sentence  # noqa: E402
+from utils.errors import EXIT_INTERRUPTED, SentenceParser, UserError, exit_with_sentence  # noqa: E402
 from utils.frames import one_process_at_a_time  # noqa: E402
 
 PAGE = "https://image-net.org/download-images"

@@ -11,17 +11,16 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from utils.checkpoint import read_weights
-from utils.errors import EXIT_USER_ERROR, UserError
+from utils.errors import SentenceParser, UserError
 
 __all__ = [
     "COMMON",
     "ScriptParser",
-    "SentenceParser",
     "above_zero",
     "add_azo",
     "add_run",
@@ -53,16 +52,6 @@ COMMON: dict[str, Any] = {
 }
 
 _MOST_WORKERS = 8
-
-
-class SentenceParser(argparse.ArgumentParser):
-    """A parser that reports a mistake in one sentence and knows no abbreviations."""
-
-    def __init__(self, **keywords: Any):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **keywords)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message} (all arguments: --help)\n")
 
 
 class ScriptParser(SentenceParser):

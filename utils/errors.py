@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
-__all__ = ["DataError", "UserError", "exit_with_sentence", "user_input"]
+__all__ = ["DataError", "SentenceParser", "UserError", "exit_with_sentence", "user_input"]
 
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
@@ -25,6 +27,16 @@ class UserError(Exception):
 
 class DataError(UserError):
     """A file that cannot be used. Only the process that reads it meets it, so that one prints it."""
+
+
+class SentenceParser(argparse.ArgumentParser):
+    """A parser that reports a mistake in one sentence and knows no abbreviations."""
+
+    def __init__(self, **keywords: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **keywords)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message} (all arguments: --help)\n")
 
 
 @contextmanager
