@@ -25,7 +25,7 @@ from utils.checkpoint import Checkpoints, load_weights
 from utils.demo_images import write_demo_images
 from utils.describe import describe_image_run
 from utils.distributed import start
-from utils.engine import evaluate, train_one_epoch
+from utils.engine import Progress, evaluate, train_one_epoch
 from utils.errors import exit_with_sentence, user_input
 from utils.image_args import batch_of_process, deviations, parse_image_args, recipe_of
 from utils.images import Mixup, load_image_data, normalized, readable, to_channels_last
@@ -33,6 +33,7 @@ from utils.loaders import make_loaders, set_epoch
 from utils.logger import RunLog, check_output, write_evaluation
 from utils.losses import cross_entropy
 from utils.optim import averaged, cosine
+from utils.preempt import StopSignal
 
 NETS = {"resnet18": sma_ms_resnet18, "resnet34": sma_ms_resnet34, "resnet104": sma_ms_resnet104}
 RECIPE = {
@@ -113,30 +114,33 @@ def main() -> None:
         trained = DistributedDataParallel(net) if process.world_size > 1 else net
         torch.manual_seed(args.seed + process.rank)  # dropout differs between the processes
         parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "trained": net if args.ema else None}
-        checkpoints = Checkpoints(args.output_dir, recipe_of(args), process, evaluated, args.keep_every, **parts)
+        progress = Progress(process.device)
+        checkpoints = Checkpoints(
+            args.output_dir, recipe_of(args), process, evaluated, progress, args.keep_every, **parts
+        )
         done = checkpoints.resume(args.resume)
         log.open(vars(args), facts, done)
 
-        def tested(what: str) -> dict[str, float]:
-            batches = log.progress(test_batches, what)
-            return evaluate(evaluated, batches, test_loss, process.device, prepare, top=5)
+        with StopSignal(process.device) as stop:
+            for epoch in range(done + 1, args.epochs + 1):
+                began, lr = time.monotonic(), optimizer.param_groups[0]["lr"]
+                set_epoch(train_batches, epoch, progress.step)
+                if mixup is not None:
+                    mixup.set_epoch(epoch, progress.step * args.accumulate)
+                with checkpoints.saved_on_stop(epoch):
+                    batches = stop.watch(log.progress(train_batches, f"train {epoch}/{args.epochs}"))
+                    train = train_one_epoch(
+                        trained, batches, train_loss, optimizer, scaler, process.device, args.amp, mixup or prepare,
+                        args.accumulate, epoch, progress,
+                    )  # fmt: skip
+                    batches = stop.watch(log.progress(test_batches, f"test {epoch}/{args.epochs}"))
+                    test = evaluate(evaluated, batches, test_loss, process.device, prepare, top=5)
+                scheduler.step()
+                log.epoch(epoch, args.epochs, train, test, lr, time.monotonic() - began)
+                checkpoints.save(epoch, test["acc1"])
 
-        for epoch in range(done + 1, args.epochs + 1):
-            began, lr = time.monotonic(), optimizer.param_groups[0]["lr"]
-            set_epoch(train_batches, epoch)
-            if mixup is not None:
-                mixup.set_epoch(epoch)
-            batches = log.progress(train_batches, f"train {epoch}/{args.epochs}")
-            train = train_one_epoch(
-                trained, batches, train_loss, optimizer, scaler, process.device, args.amp, mixup or prepare,
-                args.accumulate, epoch,
-            )  # fmt: skip
-            test = tested(f"test {epoch}/{args.epochs}")
-            scheduler.step()
-            log.epoch(epoch, args.epochs, train, test, lr, time.monotonic() - began)
-            checkpoints.save(epoch, test["acc1"])
-
-        log.finish(tested("test"), checkpoints.best, facts)
+        final = evaluate(evaluated, log.progress(test_batches, "test"), test_loss, process.device, prepare, top=5)
+        log.finish(final, checkpoints.best, facts)
 
 
 if __name__ == "__main__":

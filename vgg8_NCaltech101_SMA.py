@@ -25,12 +25,13 @@ from utils.checkpoint import Checkpoints, load_weights
 from utils.datasets import load_event_data
 from utils.describe import describe_event_run
 from utils.distributed import start
-from utils.engine import evaluate, train_one_epoch
+from utils.engine import Progress, evaluate, train_one_epoch
 from utils.errors import exit_with_sentence, user_input
 from utils.event_args import deviations, parse_event_args, recipe_of
 from utils.loaders import make_loaders, set_epoch
 from utils.logger import RunLog, check_output, write_evaluation
 from utils.losses import tet
+from utils.preempt import StopSignal
 
 DATA_SET = "ncaltech101"
 RECIPE = {
@@ -101,19 +102,26 @@ def main() -> None:
         trained = DistributedDataParallel(net) if process.world_size > 1 else net
         torch.manual_seed(args.seed + process.rank)  # dropout differs between the processes
         parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        checkpoints = Checkpoints(args.output_dir, recipe_of(args), process, net, args.keep_every, **parts)
+        progress = Progress(process.device)
+        checkpoints = Checkpoints(args.output_dir, recipe_of(args), process, net, progress, args.keep_every, **parts)
         done = checkpoints.resume(args.resume)
         log.open(vars(args), facts, done)
 
-        for epoch in range(done + 1, args.epochs + 1):
-            began, lr = time.monotonic(), optimizer.param_groups[0]["lr"]
-            set_epoch(train_batches, epoch)
-            batches = log.progress(train_batches, f"train {epoch}/{args.epochs}")
-            train = train_one_epoch(trained, batches, tet, optimizer, scaler, process.device, args.amp, epoch=epoch)
-            test = evaluate(net, log.progress(test_batches, f"test {epoch}/{args.epochs}"), tet, process.device)
-            scheduler.step()
-            log.epoch(epoch, args.epochs, train, test, lr, time.monotonic() - began)
-            checkpoints.save(epoch, test["acc1"])
+        with StopSignal(process.device) as stop:
+            for epoch in range(done + 1, args.epochs + 1):
+                began, lr = time.monotonic(), optimizer.param_groups[0]["lr"]
+                set_epoch(train_batches, epoch, progress.step)
+                with checkpoints.saved_on_stop(epoch):
+                    batches = stop.watch(log.progress(train_batches, f"train {epoch}/{args.epochs}"))
+                    train = train_one_epoch(
+                        trained, batches, tet, optimizer, scaler, process.device, args.amp,
+                        epoch=epoch, progress=progress,
+                    )  # fmt: skip
+                    batches = stop.watch(log.progress(test_batches, f"test {epoch}/{args.epochs}"))
+                    test = evaluate(net, batches, tet, process.device)
+                scheduler.step()
+                log.epoch(epoch, args.epochs, train, test, lr, time.monotonic() - began)
+                checkpoints.save(epoch, test["acc1"])
 
         final = evaluate(net, log.progress(test_batches, "test"), tet, process.device)
         log.finish(final, checkpoints.best, facts)

@@ -11,6 +11,7 @@ from torch import nn
 from models import VGG8, sma_vgg8_ncaltech101
 from utils.checkpoint import Checkpoints, describe_vgg8, load_weights, read_weights
 from utils.distributed import Process
+from utils.engine import Progress
 from utils.errors import UserError
 
 ALONE = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
@@ -162,7 +163,13 @@ def make(directory, recipe=None, seed=0):
     torch.manual_seed(seed)
     net = nn.Linear(2, 2)
     optimizer = torch.optim.Adam(net.parameters())
-    return Checkpoints(directory, recipe or {"lr": 0.1, "epochs": 5}, ALONE, net, optimizer=optimizer), net, optimizer
+    return (
+        Checkpoints(
+            directory, recipe or {"lr": 0.1, "epochs": 5}, ALONE, net, Progress(ALONE.device), optimizer=optimizer
+        ),
+        net,
+        optimizer,
+    )
 
 
 def step(net, optimizer):
@@ -201,7 +208,7 @@ def test_best_is_kept_apart_from_last(tmp_path):
 
 def test_every_n_th_checkpoint_is_kept(tmp_path):
     _, net, optimizer = make(tmp_path)
-    checkpoints = Checkpoints(tmp_path, {}, ALONE, net, keep_every=2, optimizer=optimizer)
+    checkpoints = Checkpoints(tmp_path, {}, ALONE, net, Progress(ALONE.device), keep_every=2, optimizer=optimizer)
     for epoch in range(1, 6):
         checkpoints.save(epoch, 10.0 * epoch)
     kept = {p.name: torch.load(p, weights_only=True)["epoch"] for p in tmp_path.glob("*.pt")}

@@ -283,7 +283,7 @@ def test_ctrl_c_ends_with_a_sentence(gesture_data, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted; every finished epoch is saved" in err and "Traceback" not in err
+    assert "stopped by SIGINT; every step is saved" in err and "Traceback" not in err
 
 
 def test_the_factories_are_the_recipes():

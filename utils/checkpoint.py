@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from utils.distributed import Process, gather
-from utils.errors import UserError
+from utils.engine import Progress
+from utils.errors import StopRequested, UserError
 from utils.files import DamagedFileError, partial_of, read_checked, write_checked
 
 __all__ = ["Checkpoints", "describe_ms_resnet", "describe_vgg8", "load_weights", "read_weights"]
@@ -148,13 +150,14 @@ class Checkpoints:
     """``last.pt`` and ``best.pt`` of a run, and continuing from them.
 
     A file holds the weights under ``model`` (without wrapper prefixes), the states of whatever is named in
-    ``parts``, the random state of every process, the epochs done and the recipe: tensors and plain values only, and a
-    checksum. ``previous.pt`` is the ``last.pt`` before this one, for the day when ``last.pt`` is damaged.
+    ``parts``, the random state and the progress of every process, the epochs done and the recipe: tensors and plain
+    values only, and a checksum. ``previous.pt`` is the ``last.pt`` before this one, for when ``last.pt`` is damaged.
 
     Args:
         directory: the output directory; only the first process writes there.
         recipe: the settings that the result depends on, plain values.
         net: the network that is evaluated (itself, not its wrapper): its weights go under ``model``.
+        progress: of the epoch, in this process.
         keep_every: also keep the checkpoint of every so many epochs, as ``epoch_<n>.pt``; 0: none.
         parts: optimiser, schedule, scaler, and the trained network where an average of it is evaluated: everything
             else with ``state_dict`` / ``load_state_dict``. None is left out.
@@ -166,11 +169,13 @@ class Checkpoints:
         recipe: dict[str, Any],
         process: Process,
         net: nn.Module,
+        progress: Progress,
         keep_every: int = 0,
         **parts: Any,
     ):
         self.directory, self.recipe, self.process, self.keep_every = directory, recipe, process, keep_every
-        self.net, self.parts = net, {name: part for name, part in parts.items() if part is not None}
+        self.net, self.progress = net, progress
+        self.parts = {name: part for name, part in parts.items() if part is not None}
         self.best: dict[str, float] = {"acc1": -1.0, "epoch": 0}
         self.last = directory / "last.pt"
         self._last_is_whole = False  # as far as this process knows
@@ -222,29 +227,59 @@ class Checkpoints:
                 f"the run in {source} has another recipe: {'; '.join(differing)}; give the same settings to continue "
                 "it, or another --output-dir"
             )
+        same_processes = len(state["processes"]) == self.process.world_size
+        if not same_processes and state["processes"][0]["progress"]["step"]:
+            raise UserError(
+                f"the run in {source} was stopped inside epoch {state['epoch'] + 1} of {len(state['processes'])} "
+                f"process(es) and there are {self.process.world_size}; continue it with as many"
+            )
         _put_weights(self.net, _unwrap(state, source)[0], source)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.best = state["best"]
         self._last_is_whole = source == self.last
-        if len(state["rng"]) == self.process.world_size:
-            _set_random_state(state["rng"][self.process.rank], self.process.device)
+        if same_processes:
+            own = state["processes"][self.process.rank]
+            _set_random_state(own["rng"], self.process.device)
+            self.progress.load_state_dict(own["progress"])
         return state["epoch"]
 
+    @contextmanager
+    def saved_on_stop(self, epoch: int) -> Iterator[None]:
+        """Save inside ``epoch`` when it is stopped by a signal."""
+        try:
+            yield
+        except StopRequested:
+            self._save(epoch - 1)
+            raise
+
     def save(self, epoch: int, acc1: float) -> None:
-        """Save ``last.pt`` after ``epoch`` epochs, and ``best.pt`` where ``acc1`` (percent) is the best so far."""
-        rng = gather(_random_state(self.process.device))
+        """Save ``last.pt`` after ``epoch`` epochs, and ``best.pt`` where ``acc1`` (percent) is the best so far.
+
+        The progress inside the epoch starts anew.
+        """
+        self.progress.reset()
         is_best = acc1 > self.best["acc1"]
         if is_best:
             self.best = {"acc1": acc1, "epoch": epoch}
+        self._save(epoch)
+        if not self.process.is_first:
+            return
+        if is_best:
+            _second_name(self.last, self.directory / "best.pt")
+        if self.keep_every and epoch % self.keep_every == 0:
+            _second_name(self.last, self.directory / f"epoch_{epoch:04}.pt")
+
+    def _save(self, epochs_done: int) -> None:
+        processes = gather({"rng": _random_state(self.process.device), "progress": self.progress.state_dict()})
         if not self.process.is_first:
             return
         state = {
             "format": FORMAT,
             "model": self.net.state_dict(),
             **{name: part.state_dict() for name, part in self.parts.items()},
-            "rng": rng,
-            "epoch": epoch,
+            "processes": processes,
+            "epoch": epochs_done,
             "best": self.best,
             "recipe": self.recipe,
         }
@@ -252,10 +287,6 @@ class Checkpoints:
             _second_name(self.last, self.directory / "previous.pt")
         write_checked(state, self.last)
         self._last_is_whole = True
-        if is_best:
-            _second_name(self.last, self.directory / "best.pt")
-        if self.keep_every and epoch % self.keep_every == 0:
-            _second_name(self.last, self.directory / f"epoch_{epoch:04}.pt")
 
     def _existing(self) -> list[Path]:
         """The checkpoints of the run, the newest first as far as names tell."""
@@ -265,7 +296,7 @@ class Checkpoints:
 
     def _read(self, path: Path) -> Mapping:
         state, verified = read_checked(path)
-        missing = {"format", "model", "epoch", "best", "recipe", "rng", *self.parts} - state.keys()
+        missing = {"format", "model", "epoch", "best", "recipe", *self.parts} - state.keys()
         if missing:
             raise UserError(
                 f"file {path} is no checkpoint of a run: it lacks {', '.join(sorted(missing))}; "

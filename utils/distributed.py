@@ -13,7 +13,7 @@ from torch import nn
 
 from utils.errors import UserError
 
-__all__ = ["Process", "broadcast_buffers", "gather", "start", "sum_over_processes"]
+__all__ = ["Process", "broadcast_buffers", "gather", "largest_over_processes", "start", "sum_over_processes"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,15 @@ def sum_over_processes(values: Sequence[float], device: torch.device) -> list[fl
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
+
+
+def largest_over_processes(value: float, device: torch.device) -> float:
+    """The largest of the values of all processes."""
+    if not dist.is_initialized():
+        return value
+    largest = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
 
 
 def gather(value: object) -> list:

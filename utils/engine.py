@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from models.neurons import reset_net
 from utils.distributed import broadcast_buffers, sum_over_processes
 from utils.errors import UserError
 
-__all__ = ["AMP_DTYPES", "evaluate", "time_first", "train_one_epoch"]
+__all__ = ["AMP_DTYPES", "Progress", "evaluate", "time_first", "train_one_epoch"]
 
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 
@@ -29,22 +30,39 @@ def time_first(frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return frames.transpose(0, 1).contiguous(), labels
 
 
-class _Sums:
-    """Loss, correct predictions and samples, summed on the device: no wait for the device in every step."""
+class Progress:
+    """How far an epoch has come: steps done, and loss, correct predictions and samples so far in this process.
+
+    The sums stay on the device: no wait for it in every step.
+    """
 
     def __init__(self, device: torch.device, top: int = 1):
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
-        self.count = 0
-        self.top = top
+        self.device, self.top = device, top
+        self.reset()
+
+    def reset(self) -> None:
+        """Start an epoch."""
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.step = self.count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {"step": self.step, "count": self.count, "sums": self.sums.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self.step, self.count, self.sums = state["step"], state["count"], state["sums"].to(self.device)
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        scores = logits.detach().mean(0) if logits.ndim == 3 else logits.detach()  # [T, B, K] or [B, K]
+        """Count a batch: its mean loss, logits ``[T, B, K]`` or ``[B, K]`` and labels ``[B]``."""
+        scores = logits.detach().mean(0) if logits.ndim == 3 else logits.detach()
         correct = (scores.argmax(1) == labels).sum()
         among = (scores.topk(min(self.top, scores.shape[1])).indices == labels[:, None]).sum()
         self.sums += torch.stack([loss.detach().double() * len(labels), correct.double(), among.double()])
         self.count += len(labels)
 
     def result(self) -> dict[str, float]:
+        """Averages and counts over all processes."""
         loss, correct, among, count = sum_over_processes([*self.sums.tolist(), self.count], self.sums.device)
         count = int(count)
         found = {"loss": loss / count, "acc1": 100.0 * correct / count, "correct": int(correct), "count": count}
@@ -64,6 +82,7 @@ def train_one_epoch(
     prepare: Prepare = time_first,
     accumulate: int = 1,
     epoch: int = 1,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Train on every batch once, one optimiser step a batch.
 
@@ -76,6 +95,7 @@ def train_one_epoch(
         accumulate: split every batch into so many parts, one after the other, and add up their gradients. BatchNorm
             and AZO see one part at a time.
         epoch: for the message of a run that diverges.
+        progress: of an epoch whose first batches are done and not among ``batches``; brought up to date every step.
 
     Returns:
         ``loss`` (mean over samples), ``acc1`` (percent), ``correct`` and ``count`` over all processes.
@@ -86,9 +106,9 @@ def train_one_epoch(
     """
     net.train()
     reset_net(net)  # whatever an interrupted batch left behind
-    sums = _Sums(device)
+    progress = progress or Progress(device)
     skipped = 0  # steps in a row
-    for step, (samples, labels) in enumerate(batches, 1):
+    for samples, labels in batches:
         optimizer.zero_grad(set_to_none=True)
         parts = list(zip(samples.chunk(accumulate), labels.chunk(accumulate), strict=True))
         for number, (some, their_labels) in enumerate(parts, 1):
@@ -100,8 +120,8 @@ def train_one_epoch(
                 loss = criterion(logits, targets)
                 scaler.scale(loss * (len(some) / len(samples))).backward()
             reset_net(net)
-            sums.add(loss, logits, their_labels)
-        where = f"training diverged in epoch {epoch}, step {step}, at learning rate {optimizer.param_groups[0]['lr']:g}"
+            progress.add(loss, logits, their_labels)
+        where = f"training diverged in epoch {epoch}, step {progress.step + 1}, at learning rate {_rate(optimizer):g}"
         if not _is_finite(loss, net, scaler):
             raise UserError(f"{where}: the loss ({loss.item():.4g}) or a gradient is not finite; {_REMEDY}")
         scale = scaler.get_scale()
@@ -110,10 +130,13 @@ def train_one_epoch(
         skipped = skipped + 1 if scaler.get_scale() < scale else 0
         if skipped == _MOST_SKIPPED:
             raise UserError(f"{where}: fp16 gradients were not finite in {skipped} steps in a row; {_REMEDY}")
+        progress.step += 1
     # A batch with nan may pass all these: neurons that get nan stay silent. It shows in the running statistics.
     if not all(value.isfinite().all() for value in net.state_dict().values()):
-        raise UserError(f"{where}: the running statistics are no longer finite; check the data, or {_REMEDY}")
-    return sums.result()
+        raise UserError(
+            f"training diverged in epoch {epoch}: the running statistics are not finite; check the data, or {_REMEDY}"
+        )
+    return progress.result()
 
 
 @torch.inference_mode()
@@ -133,14 +156,18 @@ def evaluate(
     net.eval()
     reset_net(net)
     broadcast_buffers(net)  # in training every process has BatchNorm statistics of its own
-    sums = _Sums(device, top)
+    progress = Progress(device, top)
     for samples, labels in batches:
         samples, labels = _to_device(samples, labels, device)
         inputs, targets = prepare(samples, labels)
         logits = net(inputs)
         reset_net(net)
-        sums.add(criterion(logits, targets), logits, labels)
-    return sums.result()
+        progress.add(criterion(logits, targets), logits, labels)
+    return progress.result()
+
+
+def _rate(optimizer: torch.optim.Optimizer) -> float:
+    return optimizer.param_groups[0]["lr"]
 
 
 def _is_finite(loss: Tensor, net: nn.Module, scaler: torch.amp.GradScaler) -> bool:

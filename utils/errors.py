@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-__all__ = ["DataError", "SentenceParser", "UserError", "exit_with_sentence", "user_input"]
+__all__ = ["DataError", "SentenceParser", "StopRequested", "UserError", "exit_with_sentence", "user_input"]
 
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
@@ -27,6 +28,18 @@ class UserError(Exception):
 
 class DataError(UserError):
     """A file that cannot be used. Only the process that reads it meets it, so that one prints it."""
+
+
+class StopRequested(Exception):  # noqa: N818 - nothing went wrong
+    """A signal asked the run to stop, and everything up to the last step is saved.
+
+    Args:
+        number: of the signal. The exit code is 128 more, as shells have it: 143 for SIGTERM, 130 for ctrl-C.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
 
 class SentenceParser(argparse.ArgumentParser):
@@ -62,6 +75,15 @@ def exit_with_sentence(main: Callable[[], None]) -> None:
             raise
         print(f"{program}: error: {error}; make room or choose another folder", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
+    except StopRequested as stop:
+        if os.environ.get("RANK", "0") == "0":
+            name = signal.Signals(stop.number).name
+            print(
+                f"\n{program}: stopped by {name}; every step is saved, and the same command continues after it",
+                file=sys.stderr,
+                flush=True,
+            )
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print(

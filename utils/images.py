@@ -287,9 +287,9 @@ class Mixup:
         self.mixup = TimmMixup(0.8, 1.0, prob=1.0, switch_prob=0.5, label_smoothing=0.0, num_classes=num_classes)
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Start the draws of an epoch."""
-        self.epoch, self.batch = epoch, 0
+    def set_epoch(self, epoch: int, batch: int = 0) -> None:
+        """Start the draws of an epoch, or go on with those of its batch number ``batch``."""
+        self.epoch, self.batch = epoch, batch
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = self.prepare(images, labels)

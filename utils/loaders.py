@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, Protocol
 
+import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from utils.distributed import Process
 from utils.errors import UserError
+from utils.preempt import in_worker
 
 __all__ = ["Data", "make_loaders", "sample_seed", "set_epoch"]
 
@@ -32,6 +35,18 @@ class _Shard(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+class _Shuffled(DistributedSampler):
+    """A shuffled share of the samples, without the first ``start`` ones of it."""
+
+    start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self.start, None)
+
+    def __len__(self) -> int:
+        return super().__len__() - self.start
 
 
 def make_loaders(
@@ -59,8 +74,11 @@ def make_loaders(
         "num_workers": num_workers,
         "pin_memory": process.device.type == "cuda",
         "collate_fn": collate,
+        "worker_init_fn": in_worker,
     }
-    test_batches = DataLoader(data.test, sampler=_Shard(len(data.test), process), **common)
+    # Starting to iterate draws a number: in an evaluation not from the generator that training goes on with.
+    own = torch.Generator()
+    test_batches = DataLoader(data.test, sampler=_Shard(len(data.test), process), generator=own, **common)
     if data.train is None:
         return None, test_batches
     needed = batch_size * process.world_size
@@ -69,14 +87,21 @@ def make_loaders(
             f"--batch-size: a step takes {needed} training samples ({batch_size} for each of {process.world_size} "
             f"process(es)) and there are {len(data.train)}; use a smaller one"
         )
-    sampler = DistributedSampler(data.train, process.world_size, process.rank, seed=seed, drop_last=True)
+    sampler = _Shuffled(data.train, process.world_size, process.rank, seed=seed, drop_last=True)
     return DataLoader(data.train, sampler=sampler, drop_last=True, **common), test_batches
 
 
-def set_epoch(loader: DataLoader, epoch: int) -> None:
-    """Give the epoch to everything in a training loader that draws: the order and the augmentation."""
+def set_epoch(loader: DataLoader, epoch: int, step: int = 0) -> None:
+    """Give the epoch to everything in a training loader that draws, the order and the augmentation.
+
+    Args:
+        step: steps of the epoch that are done: their batches are left out.
+    """
     loader.sampler.set_epoch(epoch)
+    loader.sampler.start = step * loader.batch_size
     loader.dataset.epoch = epoch
+    # Starting to iterate draws a number. At the start of the epoch that was done already.
+    loader.generator = torch.Generator() if step else None
 
 
 def sample_seed(*key: object) -> int:
