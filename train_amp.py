@@ -50,7 +50,7 @@ RECIPE = {
     "seed": 445,
 }
 # What --demo changes: small enough to learn in two minutes on two CPU cores.
-DEMO = {"timesteps": 2, "width": 0.25, "image_size": 48, "batch_size": 24, "epochs": 10}
+DEMO = {"timesteps": 2, "width": 0.25, "image_size": 48, "batch_size": 24, "epochs": 10, "num_workers": 0}
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> MSResNet:

@@ -86,13 +86,13 @@ def _rounded_as_published(grad_spikes: Tensor) -> Tensor:
     return grad_spikes.float().double() if grad_spikes.dtype == torch.float64 else grad_spikes
 
 
-def _surrogate_backward(function: nn.Module, x: Tensor, grad_spikes: Tensor) -> Tensor:
-    """``grad_spikes * d spike / d x`` of either surrogate function; ``x`` is overwritten."""
+def _surrogate_gradient(function: nn.Module, x: Tensor) -> Tensor:
+    """d spike / d x of either surrogate function; ``x`` is overwritten."""
     if isinstance(function, Rectangle):
-        return x.copy_(x.abs() < 0.5).mul_(_rounded_as_published(grad_spikes))
+        return x.abs_().lt_(0.5)
     # ATan: (alpha / 2) / (1 + (pi / 2 * alpha * x)^2)
     alpha = function.alpha
-    return x.mul_(torch.pi / 2 * alpha).square_().add_(1.0).reciprocal_().mul_(alpha / 2).mul_(grad_spikes)
+    return x.mul_(torch.pi / 2 * alpha).square_().add_(1.0).reciprocal_().mul_(alpha / 2)
 
 
 class _LIFSequence(torch.autograd.Function):
@@ -100,54 +100,70 @@ class _LIFSequence(torch.autograd.Function):
 
     The same operations in the same order as SpikingJelly's, so the same bits forward. SpikingJelly lets autograd
     record some ten small operations a step, and the backward of every ``x[t]`` fills a tensor of all steps with zeros.
-    Here only the potential before the reset is kept, and the backward has one pass over it.
+    Here only the potential before the reset is kept, and the backward goes over it once.
     """
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, x: Tensor, v: Tensor, node: neuron.LIFNode
+        ctx: torch.autograd.function.FunctionCtx, x: Tensor, v: Tensor | None, node: neuron.LIFNode
     ) -> tuple[Tensor, Tensor]:
-        """Inputs ``x`` ``[T, ...]`` and the potential ``v`` ``[...]`` to spikes ``[T, ...]`` and the last potential."""
+        """Inputs ``x`` ``[T, ...]`` and the potential ``v`` ``[...]`` to spikes ``[T, ...]`` and the last potential.
+
+        Without ``v`` the potential starts at 0.
+        """
         potentials = torch.empty_like(x)  # before the reset
         spikes = torch.empty_like(x)
         for t in range(x.shape[0]):
-            if node.decay_input:
-                torch.sub(x[t], v, out=potentials[t])
-                potentials[t].div_(node.tau).add_(v)
-            else:
-                torch.mul(v, 1.0 - 1.0 / node.tau, out=potentials[t])
-                potentials[t].add_(x[t])
-            fired = potentials[t] >= node.v_threshold
-            spikes[t] = fired
-            v = potentials[t].masked_fill(fired, 0.0)
+            u = potentials[t]
+            if node.decay_input:  # u = v + (x - v) / tau
+                if v is None:
+                    torch.div(x[t], node.tau, out=u)
+                else:
+                    torch.sub(x[t], v, out=u)
+                    u.div_(node.tau).add_(v)
+            elif v is None:
+                u.copy_(x[t])
+            else:  # u = (1 - 1 / tau) v + x
+                torch.mul(v, 1.0 - 1.0 / node.tau, out=u)
+                u.add_(x[t])
+            torch.ge(u, node.v_threshold, out=spikes[t])
+            v = torch.addcmul(u, u, spikes[t], value=-1.0)  # u - u * s: products are several times faster than masks
         ctx.save_for_backward(potentials)
         ctx.node = node
+        ctx.set_materialize_grads(False)  # nothing depends on the last potential, as a rule
         return spikes, v
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad_spikes: Tensor, grad_v: Tensor
+        ctx: torch.autograd.function.FunctionCtx, grad_spikes: Tensor | None, grad_v: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs and of the first potential."""
         (potentials,) = ctx.saved_tensors
         node = ctx.node
-        grad_x = _surrogate_backward(node.surrogate_function, potentials - node.v_threshold, grad_spikes)
-        for t in reversed(range(len(potentials))):
-            kept = grad_v.masked_fill(potentials[t] >= node.v_threshold, 0.0)  # a reset passes no gradient on
-            grad_x[t].add_(kept)
-            if node.decay_input:  # u = x / tau + (1 - 1 / tau) v
+        if grad_spikes is None:
+            grad_spikes = torch.zeros_like(potentials)
+        if isinstance(node.surrogate_function, Rectangle):
+            grad_spikes = _rounded_as_published(grad_spikes)
+        grad_x = torch.empty_like(potentials)
+        for t in reversed(range(len(potentials))):  # step by step: the temporary tensors stay in the cache
+            u = potentials[t]
+            gradient = _surrogate_gradient(node.surrogate_function, u - node.v_threshold)
+            torch.mul(gradient, grad_spikes[t], out=grad_x[t])
+            if grad_v is not None:
+                not_reset = torch.lt(u, node.v_threshold, out=gradient)  # a reset passes no gradient on
+                grad_x[t].addcmul_(grad_v, not_reset)
+            if node.decay_input:  # du / dx = 1 / tau
                 grad_x[t].div_(node.tau)
-                grad_v = grad_x[t] * (node.tau - 1.0)
-            else:  # u = x + (1 - 1 / tau) v
-                grad_v = grad_x[t] * (1.0 - 1.0 / node.tau)
-        return grad_x, grad_v, None
+            if t > 0 or ctx.needs_input_grad[1]:  # du / dv = 1 - 1 / tau, in either form
+                grad_v = grad_x[t] * (node.tau - 1.0 if node.decay_input else 1.0 - 1.0 / node.tau)
+        return grad_x, grad_v if ctx.needs_input_grad[1] else None, None
 
 
 class _LIFNode(neuron.LIFNode):
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         if not self.store_v_seq and self._is_python_loop(x_seq.device):
-            v = self.v if torch.is_tensor(self.v) else torch.zeros_like(x_seq[0])
+            v = self.v if torch.is_tensor(self.v) else None  # a number after a reset: 0
             spikes, self.v = _LIFSequence.apply(x_seq, v, self)
             return spikes
         # The CuPy kernels of 0.0.0.0.14 know float32 and float16 only, and raise on bfloat16 autocast.
