@@ -1,5 +1,6 @@
 """train_amp.py as a user runs it: files, flags, data folders, bad images, processes, mistakes."""
 
+import argparse
 import csv
 import json
 import re
@@ -12,7 +13,10 @@ from PIL import Image
 
 from models import ms_resnet18, sma_ms_resnet18
 from tests.conftest import SCRIPTS
+from train_amp import DEMO, RECIPE
 from utils.checkpoint import load_weights, read_weights
+from utils.errors import UserError
+from utils.image_args import batch_of_process, deviations, parse_image_args
 
 # The smallest network and input that the script takes.
 SMALL = [
@@ -271,9 +275,6 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, sentence, script, 
 
 
 def test_the_published_spellings_are_kept(images, monkeypatch):
-    from train_amp import DEMO, RECIPE
-    from utils.image_args import deviations, parse_image_args
-
     args = parse_image_args("", RECIPE, DEMO, ["-net", "resnet18", "-b", "384", "-lr", "0.1", "--local-rank=3"])
     assert (args.net, args.batch_size, args.lr, args.local_rank) == ("resnet18", 384, 0.1, 3)
     assert (args.timesteps, args.epochs, args.decay, args.label_smoothing, args.seed) == (6, 200, 1e-4, 0.1, 445)
@@ -282,6 +283,20 @@ def test_the_published_spellings_are_kept(images, monkeypatch):
     assert set(deviations(args, RECIPE)) <= {"batch_size", "amp"}  # fp16 where there is a GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert parse_image_args("", RECIPE, DEMO, ["-gpu"]).device == "cuda"
+
+
+def test_the_global_batch_is_shared_out_evenly_in_training_only():
+    def args(**changes):
+        return argparse.Namespace(**{"batch_size": 384, "accumulate": 1, "evaluate": False, **changes})
+
+    assert batch_of_process(args(), 6) == 64
+    assert batch_of_process(args(accumulate=4), 6) == 64
+    assert batch_of_process(args(batch_size=256, evaluate=True), 6) == 42
+    assert batch_of_process(args(batch_size=2, evaluate=True), 6) == 1
+    with pytest.raises(
+        UserError, match=r"--batch-size 256 cannot be shared out evenly to 6 process\(es\); use 252 or 258"
+    ):
+        batch_of_process(args(batch_size=256), 6)
 
 
 # Real processes -----------------------------------------------------------------------------------------------------

@@ -92,9 +92,13 @@ def parse_image_args(
 def batch_of_process(args: argparse.Namespace, processes: int) -> int:
     """Images of one process in one step; ``--batch-size`` is of all of them.
 
+    An evaluation counts every image once with any batch, so there it need not come out even.
+
     Raises:
-        UserError: the batch cannot be shared out evenly.
+        UserError: the batch of a training step cannot be shared out evenly.
     """
+    if args.evaluate:
+        return max(1, args.batch_size // processes)
     parts = processes * args.accumulate
     if args.batch_size % parts:
         below, above = args.batch_size // parts * parts, (args.batch_size // parts + 1) * parts
