@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import shutil
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -337,3 +339,23 @@ def test_published_checksums_are_used():
     for about in DATA_SETS.values():
         published = {name: md5 for name, _, md5 in _spikingjelly_class(about).resource_url_md5()}
         assert all(len(published[name]) == 32 for name in about.archives)
+
+
+def test_a_sample_that_failed_once_is_integrated_again(tmp_path, monkeypatch):
+    for number in range(4):
+        for name in ("ant", "bee"):
+            write_events(tmp_path / f"events_np/{name}/image_{number:04}.npz", number, 180, 240)
+    lost = []
+
+    def lose_one(path, is_zipfile=zipfile.is_zipfile):
+        if not lost and Path(path).match("ant/image_0002.npz"):
+            Path(path).unlink()
+            lost.append(path)
+        return Path(path).exists() and is_zipfile(path)
+
+    monkeypatch.setattr(zipfile, "is_zipfile", lose_one)
+    load_event_data("ncaltech101", tmp_path, 4)
+    assert len(lost) == 1
+    expected = frames_by_hand(tmp_path / "events_np/ant/image_0002.npz", 4, 180, 240)
+    with np.load(tmp_path / "frames_number_4_split_by_number/ant/image_0002.npz") as made:
+        assert np.array_equal(made["frames"], expected)

@@ -33,6 +33,10 @@ from utils.errors import UserError
 __all__ = ["DATA_SETS", "DataSet", "frames_folder", "one_process_at_a_time", "sample_name"]
 
 
+# Of SpikingJelly: one file of events to one file of frames.
+_INTEGRATE = "integrate_events_file_to_frames_file_by_fixed_frames_number"
+
+
 @dataclass(frozen=True)
 class DataSet:
     """What differs between the data sets on disk."""
@@ -257,6 +261,9 @@ def _run_spikingjelly(about: DataSet, root: Path, frames_name: str, T: int) -> N
         # A full disk or a kill leaves the beginning of a file: a zip archive without its end.
         whole = {name for name in _sample_paths(root / frames_name) if zipfile.is_zipfile(root / frames_name / name)}
         lost = _sample_paths(root / "events_np") - whole
+        lost = {
+            name for name in lost if not _made_again(about, root / "events_np" / name, root / frames_name / name, T)
+        }
         _refuse_lost(sorted(lost), f"event files of {root.parent / 'events_np'} that gave no whole frames")
     elif failure is not None:
         raise UserError(
@@ -264,6 +271,22 @@ def _run_spikingjelly(about: DataSet, root: Path, frames_name: str, T: int) -> N
             "layout in README.md"
         ) from failure
     # What remains is DatasetFolder's refusal of a class without samples, after everything has been made.
+
+
+def _made_again(about: DataSet, events: Path, frames: Path, T: int) -> bool:
+    """Integrate one sample once more, now alone; whether that worked.
+
+    SpikingJelly works on many at a time, in threads; a whole file was seen to fail there, once, and never again.
+    """
+    with _torchaudio_or_placeholder():
+        module = importlib.import_module("spikingjelly.datasets")
+        module = module if hasattr(module, _INTEGRATE) else importlib.import_module("spikingjelly.datasets.utils")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            getattr(module, _INTEGRATE)(np.load, str(events), str(frames.parent), "number", T, *about.sensor)
+    except Exception:  # a damaged file, in one of many ways
+        return False
+    return zipfile.is_zipfile(frames)
 
 
 def _mend_fromstring(module: types.ModuleType) -> None:
