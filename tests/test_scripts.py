@@ -77,6 +77,17 @@ def test_a_run_writes_everything_that_is_promised_and_its_weights_evaluate(
     assert not (again / "last.pt").exists()
 
 
+def test_t_of_a_network_without_sma_is_told_by_the_run_s_file(script, gesture_data, tmp_path):
+    command = ["--data-dir", gesture_data, "--epochs", 1, "--sma-blocks", "--output-dir", tmp_path / "a"]
+    assert script("dvs128", *SMALL, *command)[0] == 0
+    reported = json.loads((tmp_path / "a/evaluation.json").read_text())
+    arguments = ["--evaluate", "--weights", tmp_path / "a/last.pt", "--data-dir", gesture_data, "--device", "cpu"]
+    code, out, err = script("dvs128", *arguments, "--output-dir", tmp_path / "b")
+    assert code == 0 and "T = 4" in out, err
+    repeated = json.loads((tmp_path / "b/evaluation.json").read_text())
+    assert repeated["correct"] == reported["correct"]
+
+
 def test_the_same_command_on_a_finished_run_evaluates_it_again(script, gesture_data, tmp_path):
     command = ["dvs128", *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path, "--epochs", 1]
     assert script(*command)[0] == 0

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from models import ms_resnet18, sma_ms_resnet18
+from models import ms_resnet18, sma_ms_resnet18, sma_ms_resnet34
 from tests.conftest import SCRIPTS
 from train_amp import DEMO, RECIPE
-from utils.checkpoint import load_weights, read_weights
+from utils.checkpoint import describe_ms_resnet, load_weights, read_weights
 from utils.errors import UserError
 from utils.image_args import batch_of_process, deviations, parse_image_args
 
@@ -90,6 +90,35 @@ def test_a_run_writes_everything_that_is_promised_and_its_weights_evaluate(scrip
     ]
     assert repeated["loss"] == pytest.approx(evaluation["loss"], rel=1e-6)
     assert not (again / "last.pt").exists()
+
+
+def test_a_run_without_sma_evaluates_without_further_flags(script, images, tmp_path):
+    command = ["--sma-blocks", "none", "--data-dir", images, "--epochs", 1, "--output-dir", tmp_path / "a"]
+    assert script("imagenet", *SMALL, *command)[0] == 0
+    reported = json.loads((tmp_path / "a/evaluation.json").read_text())
+    arguments = ["--evaluate", "--weights", tmp_path / "a/last.pt", "--data-dir", images, "--device", "cpu", "-b", 9]
+    code, out, err = script("imagenet", *arguments, "--output-dir", tmp_path / "b")
+    assert code == 0, err
+    assert "T = 2" in out and "SMA in none blocks" in out
+    repeated = json.loads((tmp_path / "b/evaluation.json").read_text())
+    assert repeated["correct"] == reported["correct"]
+    assert repeated["loss"] == pytest.approx(reported["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("factory", "net", "places"),
+    [
+        (sma_ms_resnet18, "resnet18", {"none": "none", "first-two": None, "all": None}),
+        (sma_ms_resnet34, "resnet34", {"none": "none", "first-two": "first-two", "all": "all"}),
+    ],
+)
+def test_the_network_is_told_from_its_weights(factory, net, places):
+    for given, told in places.items():
+        weights = factory(T=4, width=0.125, num_classes=7, sma_blocks=given).state_dict()
+        expected = {"num_classes": 7, "width": 0.125, "net": net}
+        expected |= {"sma_blocks": told} if told else {}  # in ResNet-18 first-two and all are the same network
+        expected |= {"timesteps": 4} if given != "none" else {}
+        assert describe_ms_resnet(weights) == expected
 
 
 def test_evaluation_needs_no_training_images(script, images, tmp_path):

@@ -86,8 +86,9 @@ def describe_ms_resnet(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Tell the constructor arguments of an SMA-MS-ResNet from the names and shapes of its weights.
 
     Returns:
-        ``num_classes``, ``width``, ``net`` (``"resnet18"``, ...), ``sma_blocks`` and, where there is SMA,
-        ``timesteps``; an empty dictionary where these are not the weights of one of the three networks.
+        ``num_classes``, ``width``, ``net`` (``"resnet18"``, ...), where there is SMA ``timesteps``, and ``sma_blocks``
+        unless two of its values mean the same; an empty dictionary where these are not the weights of one of the three
+        networks.
     """
     first, last = weights.get("conv1.0.weight"), weights.get("fc.weight")
     stages = [len({name.split(".")[1] for name in weights if name.startswith(f"conv{n}_x.")}) for n in range(2, 6)]
@@ -97,9 +98,10 @@ def describe_ms_resnet(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     suffix = ".residual_function.2.T_before_attention_conv.weight"
     with_sma = [name for name in weights if name.endswith(suffix)]
     found = {"num_classes": last.shape[0], "width": first.shape[0] / 64, "net": nets[tuple(stages)]}
-    places = {0: "none", 8: "first-two", sum(stages): "all"}
-    if len(with_sma) in places and len(places) == 3:  # in ResNet-18 the first two blocks of a stage are all of them
-        found["sma_blocks"] = places[len(with_sma)]
+    places = {"none": 0, "first-two": 8, "all": sum(stages)}
+    fitting = [place for place, count in places.items() if count == len(with_sma)]
+    if len(fitting) == 1:  # in ResNet-18 the first two blocks of a stage are all of them
+        found["sma_blocks"] = fitting[0]
     if with_sma:
         found["timesteps"] = weights[with_sma[0]].shape[1]
     return found

@@ -45,8 +45,8 @@ _EVALUATION_FIELDS = (
     "demo", "timesteps", "width", "sma_blocks", "branch_activation", "sensor_size", "frame_size", "split", "split_seed",
 )  # fmt: skip
 
-# What a weights file of this project tells of the data that it was trained on.
-_INPUT_FIELDS = ("sensor_size", "frame_size", "split", "split_seed", "demo")
+# What a weights file of this project tells of the input that it was trained on. T shows in the weights of SMA only.
+_INPUT_FIELDS = ("timesteps", "sensor_size", "frame_size", "split", "split_seed", "demo")
 
 _PUBLISHED_PROCESSES = 4  # of all three runs; the batch size is per process
 

@@ -51,8 +51,8 @@ _RECIPE_FIELDS = (
 
 _EVALUATION_FIELDS = ("demo", "timesteps", "width", "sma_blocks", "test_crop", "decoder")
 
-# What a weights file of this project tells of the data that it was trained on.
-_INPUT_FIELDS = ("image_size", "test_crop", "demo")
+# What a weights file of this project tells of the input that it was trained on. T shows in the weights of SMA only.
+_INPUT_FIELDS = ("timesteps", "image_size", "test_crop", "demo")
 
 _FLAGS = {"net": "-net"}
 
