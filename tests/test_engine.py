@@ -270,6 +270,27 @@ def test_batch_statistics_and_zoneout_are_per_process(tmp_path):
     assert (first[name] - alone[name]).abs().max() > 0.01 * alone[name].abs().max()
 
 
+def diverge_in_the_second_process(rank, count):
+    net = small()
+
+    def criterion(logits, labels):
+        return mse_of_mean(logits, labels) * (math.nan if rank == 1 else 1.0)
+
+    frames, labels = samples(4)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    try:  # not wrapped: the other process sees neither the loss nor the gradients
+        train_one_epoch(net, batches(frames, labels, 4), criterion, optimizer, scaler, CPU, epoch=3)
+    except UserError as error:
+        return str(error)
+    return "went on"
+
+
+def test_all_processes_stop_where_one_diverges(tmp_path):
+    for message in in_processes(2, diverge_in_the_second_process, tmp_path):
+        assert "training diverged in epoch 3, step 1" in message
+
+
 def broadcast(rank, count):
     net = nn.BatchNorm1d(2)
     net.running_mean += rank + 5

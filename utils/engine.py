@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.neurons import reset_net
-from utils.distributed import broadcast_buffers, sum_over_processes
+from utils.distributed import broadcast_buffers, largest_over_processes, sum_over_processes
 from utils.errors import UserError
 
 __all__ = ["AMP_DTYPES", "Progress", "evaluate", "time_first", "train_one_epoch"]
@@ -122,7 +122,8 @@ def train_one_epoch(
             reset_net(net)
             progress.add(loss, logits, their_labels)
         where = f"training diverged in epoch {epoch}, step {progress.step + 1}, at learning rate {_rate(optimizer):g}"
-        if not _is_finite(loss, net, scaler):
+        # Agreed between the processes: all stop with one message, or none does.
+        if largest_over_processes(not _is_finite(loss, net, scaler), device):
             raise UserError(f"{where}: the loss ({loss.item():.4g}) or a gradient is not finite; {_REMEDY}")
         scale = scaler.get_scale()
         scaler.step(optimizer)
@@ -132,7 +133,7 @@ def train_one_epoch(
             raise UserError(f"{where}: fp16 gradients were not finite in {skipped} steps in a row; {_REMEDY}")
         progress.step += 1
     # A batch with nan may pass all these: neurons that get nan stay silent. It shows in the running statistics.
-    if not all(value.isfinite().all() for value in net.state_dict().values()):
+    if largest_over_processes(not all(value.isfinite().all() for value in net.state_dict().values()), device):
         raise UserError(
             f"training diverged in epoch {epoch}: the running statistics are not finite; check the data, or {_REMEDY}"
         )
