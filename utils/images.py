@@ -41,6 +41,7 @@ __all__ = [
 DECODERS = ("pil", "torchcodec")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in the range 0 to 1
 _IMAGENET_CLASSES, _IMAGENET_TEST = 1000, 50_000
+_HOW_TO_GET = "tools/prepare_imagenet.py makes it from the official archives, and --demo needs none"
 
 
 class ImageSet(ImageFolder):
@@ -188,20 +189,16 @@ def load_image_data(
         if not train_dir.is_dir():
             raise UserError(f"--data-dir {data_dir} has no folder train/ with one folder a class; {_HOW_TO_GET}")
         train = ImageSet(train_dir, _train_transform(image_size), decoder, seed, leave_out)
-        for only, there, missing in ((train, train_dir, test_dir), (test, test_dir, train_dir)):
-            other = test if only is train else train
-            unpaired = sorted(set(only.classes) - set(other.classes))
+        for one, other in ((train, test), (test, train)):
+            unpaired = sorted(set(one.classes) - set(other.classes))
             if unpaired:
+                others, verb = (f" and {len(unpaired) - 1} others", "are") if len(unpaired) > 1 else ("", "is")
                 raise UserError(
-                    f"class {unpaired[0]}{f' and {len(unpaired) - 1} others' if len(unpaired) > 1 else ''} of {there} "
-                    f"{'are' if len(unpaired) > 1 else 'is'} not in {missing}; the labels are the ranks of the sorted "
-                    "names, so both folders need the same classes"
+                    f"class {unpaired[0]}{others} of {one.folder} {verb} not in {other.folder}; the labels are the "
+                    "ranks of the sorted names, so both folders need the same classes"
                 )
     whole = len(test.classes) == _IMAGENET_CLASSES and len(test) == _IMAGENET_TEST
     return ImageData(train, test, "ImageNet-1K" if whole else f"{data_dir.resolve().name} (not the whole ImageNet-1K)")
-
-
-_HOW_TO_GET = "tools/prepare_imagenet.py makes it from the official archives, and --demo needs none"
 
 
 def _test_folder(data_dir: Path) -> Path:
