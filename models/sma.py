@@ -43,12 +43,16 @@ def attention_zoneout(z: Tensor, w_time: Tensor, w_channel: Tensor, RTR: int = 4
 
     Source: Attention ZoneOut of the paper named at the top of this file.
     """
-    with torch.no_grad():
-        replace = _zoneout_choice(w_time, w_channel, RTR, RCR)  # [S, T, C]
+    return _replace_by_previous(z, _zoneout_choice(w_time, w_channel, RTR, RCR))
+
+
+def _replace_by_previous(z: Tensor, replace: Tensor) -> Tensor:
+    """``z [S, T, B, C, H, W]`` with the value of the step before where ``replace [S, T, C]`` is True."""
     previous = torch.cat([z[:, :1], z[:, :-1]], dim=1)
     return torch.where(rearrange(replace, "s t c -> s t 1 c 1 1"), previous, z)
 
 
+@torch.no_grad()
 def _zoneout_choice(w_time: Tensor, w_channel: Tensor, RTR: int, RCR: int) -> Tensor:
     """Which (step, channel) of every scale AZO replaces: ``[S, T, C]``, True where it does."""
     steps = _smallest(reduce(w_time, "s t b -> s t", "sum"), w_time.shape[1] // RTR)
@@ -141,6 +145,11 @@ class SMA(nn.Module):
         activation: what follows the BatchNorm of a branch: ``"lif"`` (event data), ``"relu"`` (ImageNet; its
             BatchNorm is stored as ``bn.bn``), or a callable that returns a module for ``[T, B, C, H, W]``.
 
+    Attributes:
+        observer: None, or called in every forward pass with the time weights ``[S, T, B]``, the channel weights
+            ``[S, T, B, C]`` (SMA-L: ``[S, B, C]``) and what AZO replaced, ``[S, T, C]`` bool (None where it did not
+            act): for pictures and statistics.
+
     Raises:
         ValueError: an argument is outside what can work; the message says what would.
 
@@ -167,6 +176,7 @@ class SMA(nn.Module):
         _check_arguments(channel, time, kernels, C_reduction, T_reduction, AZO, RCR, RTR, activation)
         self.channel, self.time = channel, time
         self.AZO, self.RCR, self.RTR = AZO, RCR, RTR
+        self.observer: Callable[[Tensor, Tensor, Tensor | None], None] | None = None
         c_units, t_units = channel // C_reduction, int(time // T_reduction)
         c_conv = nn.Conv2d if len(self._channel_kernel) == 2 else nn.Conv3d
         self.S_Convs = nn.ModuleList(_Branch(channel, k, activation) for k in kernels)
@@ -188,8 +198,12 @@ class SMA(nn.Module):
         w_time, w_channel = self.attention_weights(features)
         weights = w_time[..., None] * (w_channel if w_channel.ndim == 4 else w_channel[:, None])  # [S, T, B, C]
         z = rearrange(weights, "s t b c -> s t b c 1 1") * features
+        replaced = None
         if self.AZO and self.training:
-            z = attention_zoneout(z, w_time, w_channel, RTR=self.RTR, RCR=self.RCR)
+            replaced = _zoneout_choice(w_time, w_channel, self.RTR, self.RCR)
+            z = _replace_by_previous(z, replaced)
+        if self.observer is not None:
+            self.observer(w_time.detach(), w_channel.detach(), replaced)
         return z.sum(0)
 
     def attention_weights(self, features: Tensor) -> tuple[Tensor, Tensor]:

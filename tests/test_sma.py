@@ -91,6 +91,25 @@ def test_zoneout_follows_the_training_mode(cls):
     assert not torch.equal(*outputs(training=True))
 
 
+@pytest.mark.parametrize("cls", [SMA, SMA_L])
+def test_an_observer_sees_the_weights_and_what_zoneout_replaced(cls):
+    torch.manual_seed(0)
+    sma = cls(channel=8, time=4, C_reduction=2, AZO=True, RCR=4, RTR=2).double()
+    seen = []
+    sma.observer = lambda *of_a_pass: seen.append(of_a_pass)
+    x = torch.rand(4, 2, 8, 5, 5, dtype=torch.float64, requires_grad=True)
+    for mode in (True, False):
+        sma.train(mode)(x)
+        reset_net(sma)
+    (w_time, w_channel, replaced), (_, _, in_evaluation) = seen
+    assert not w_time.requires_grad and not w_channel.requires_grad
+    assert w_time.shape == (4, 4, 2) and w_channel.shape == ((4, 4, 2, 8) if cls is SMA else (4, 2, 8))
+    marked = torch.arange(1.0, 5).view(1, 4, 1, 1, 1, 1).expand(4, 4, 2, 8, 1, 1).contiguous()
+    moved = attention_zoneout(marked, w_time, w_channel, RTR=2, RCR=4) != marked  # where step t has become t - 1
+    assert replaced.any() and torch.equal(replaced, moved[:, :, 0, :, 0, 0])
+    assert in_evaluation is None
+
+
 def test_attention_weights_sum_to_one_over_the_scales():
     features = torch.rand(3, 4, 2, 8, 5, 5)
     w_time, w_channel = SMA(8, 4, kernels=[1, 3, 5], C_reduction=4, T_reduction=2).attention_weights(features)
