@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import utils.checkpoint
 from models import VGG8, sma_vgg8_ncaltech101
 from utils.checkpoint import Checkpoints, describe_vgg8, load_weights, read_weights
 from utils.distributed import Process
@@ -329,3 +330,45 @@ def test_a_failed_save_leaves_the_previous_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be written: No space left"):
         checkpoints.save(2, 5.0)
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+    checkpoints, net, _ = make(tmp_path)
+    checkpoints.save(1, 10.0)
+    before = (tmp_path / "last.pt").read_bytes()
+    net.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"last\.pt stays as it was: a weight or running statistic is not finite"):
+        checkpoints.save(2, 20.0)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_going_back_to_an_older_checkpoint_makes_it_the_previous_one(tmp_path):
+    _, net, optimizer = make(tmp_path)
+    first = Checkpoints(tmp_path, {}, ALONE, net, Progress(ALONE.device), keep_every=1, optimizer=optimizer)
+    for epoch in (1, 2, 3):
+        first.save(epoch, 10.0 * epoch)
+    again = Checkpoints(tmp_path, {}, ALONE, net, Progress(ALONE.device), optimizer=optimizer)
+    assert again.resume(str(tmp_path / "epoch_0001.pt")) == 1
+    again.save(2, 5.0)
+    assert [torch.load(tmp_path / f"{n}.pt", weights_only=True)["epoch"] for n in ("last", "previous")] == [2, 1]
+
+
+def test_without_last_and_previous_the_newest_of_the_others_continues(tmp_path, capsys):
+    _, net, optimizer = make(tmp_path)
+    checkpoints = Checkpoints(tmp_path, {}, ALONE, net, Progress(ALONE.device), keep_every=2, optimizer=optimizer)
+    for epoch, acc1 in [(1, 10.0), (2, 20.0), (3, 30.0), (4, 5.0), (5, 5.0)]:
+        checkpoints.save(epoch, acc1)
+    (tmp_path / "last.pt").unlink()
+    (tmp_path / "previous.pt").unlink()  # also epoch 4, which epoch_0004.pt is too
+    assert Checkpoints(tmp_path, {}, ALONE, net, Progress(ALONE.device)).resume("auto") == 4
+    assert f"{tmp_path / 'last.pt'} is not there; continuing from" in capsys.readouterr().err
+    (tmp_path / "epoch_0004.pt").unlink()
+    assert Checkpoints(tmp_path, {}, ALONE, net, Progress(ALONE.device)).resume("auto") == 3  # the best one
+
+
+def test_other_versions_of_the_libraries_are_told(tmp_path, monkeypatch, capsys):
+    make(tmp_path)[0].save(1, 10.0)
+    now = utils.checkpoint.versions()
+    monkeypatch.setattr(utils.checkpoint, "versions", lambda: {**now, "torch": "99"})
+    assert make(tmp_path)[0].resume("auto") == 1
+    assert f"was made with torch {now['torch']}: the last digits may differ" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from utils.distributed import Process, gather
 from utils.engine import Progress
 from utils.errors import StopRequested, UserError
 from utils.files import DamagedFileError, partial_of, read_checked, write_checked
+from utils.versions import versions
 
 __all__ = ["Checkpoints", "describe_ms_resnet", "describe_vgg8", "load_weights", "read_weights"]
 
-FORMAT = 2
+FORMAT = 3
 _WRAPPERS = ("model", "net", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -152,8 +153,9 @@ class Checkpoints:
     """``last.pt`` and ``best.pt`` of a run, and continuing from them.
 
     A file holds the weights under ``model`` (without wrapper prefixes), the states of whatever is named in
-    ``parts``, the random state and the progress of every process, the epochs done and the recipe: tensors and plain
-    values only, and a checksum. ``previous.pt`` is the ``last.pt`` before this one, for when ``last.pt`` is damaged.
+    ``parts``, the random state and the progress of every process, the epochs done, the recipe and the versions of the
+    libraries: tensors and plain values only, and a checksum. ``previous.pt`` is the checkpoint before ``last.pt``, for
+    when that is damaged.
 
     Args:
         directory: the output directory; only the first process writes there.
@@ -180,7 +182,7 @@ class Checkpoints:
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.best: dict[str, float] = {"acc1": -1.0, "epoch": 0}
         self.last = directory / "last.pt"
-        self._last_is_whole = False  # as far as this process knows
+        self._newest: Path | None = None  # the checkpoint that the state of this run was saved to or read from
 
     def resume(self, how: str) -> int:
         """Continue where a run stopped, if there is one.
@@ -195,7 +197,7 @@ class Checkpoints:
 
         Raises:
             UserError: the run to continue has another recipe, or a run would be overwritten, or none of its checkpoints
-                can be read.
+                can be read. Nothing is loaded then.
         """
         if self.process.is_first:
             for leftover in self.directory.glob(".*.pt.partial"):  # of a save that was killed
@@ -235,11 +237,16 @@ class Checkpoints:
                 f"the run in {source} was stopped inside epoch {state['epoch'] + 1} of {len(state['processes'])} "
                 f"process(es) and there are {self.process.world_size}; continue it with as many"
             )
+        if state["versions"] != versions() and self.process.is_first:
+            changed = [f"{name} {was}" for name, was in state["versions"].items() if versions().get(name) != was]
+            print(
+                f"the run in {source} was made with {', '.join(changed)}: the last digits may differ", file=sys.stderr
+            )
         _put_weights(self.net, _unwrap(state, source)[0], source)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.best = state["best"]
-        self._last_is_whole = source == self.last
+        self._newest = source
         if same_processes:
             own = state["processes"][self.process.rank]
             _set_random_state(own["rng"], self.process.device)
@@ -261,44 +268,64 @@ class Checkpoints:
         The progress inside the epoch starts anew.
         """
         self.progress.reset()
-        is_best = acc1 > self.best["acc1"]
-        if is_best:
+        names = [f"epoch_{epoch:04}.pt"] if self.keep_every and epoch % self.keep_every == 0 else []
+        if acc1 > self.best["acc1"]:
             self.best = {"acc1": acc1, "epoch": epoch}
-        self._save(epoch)
-        if not self.process.is_first:
-            return
-        if is_best:
-            _second_name(self.last, self.directory / "best.pt")
-        if self.keep_every and epoch % self.keep_every == 0:
-            _second_name(self.last, self.directory / f"epoch_{epoch:04}.pt")
+            names.append("best.pt")
+        self._save(epoch, names)
 
-    def _save(self, epochs_done: int) -> None:
-        processes = gather({"rng": _random_state(self.process.device), "progress": self.progress.state_dict()})
-        if not self.process.is_first:
-            return
-        state = {
-            "format": FORMAT,
-            "model": self.net.state_dict(),
-            **{name: part.state_dict() for name, part in self.parts.items()},
-            "processes": processes,
-            "epoch": epochs_done,
-            "best": self.best,
-            "recipe": self.recipe,
-        }
-        if self._last_is_whole:  # a damaged one must not take the place of the whole one before it
-            _second_name(self.last, self.directory / "previous.pt")
+    def _save(self, epochs_done: int, other_names: Sequence[str] = ()) -> None:
+        """Save ``last.pt``, also under other names; where it fails, it fails in every process."""
+        weights = self.net.state_dict()
+        own = {"rng": _random_state(self.process.device), "progress": self.progress.state_dict()}
+        processes = gather(own)
+        if not gather(all(value.isfinite().all() for value in weights.values()))[0]:  # those that would be saved
+            raise UserError(f"{self.last} stays as it was: a weight or running statistic is not finite; lower --lr")
+        problem = None
+        if self.process.is_first:
+            state = {
+                "format": FORMAT,
+                "model": weights,
+                **{name: part.state_dict() for name, part in self.parts.items()},
+                "processes": processes,
+                "epoch": epochs_done,
+                "best": self.best,
+                "recipe": self.recipe,
+                "versions": versions(),
+            }
+            try:
+                self._write(state, other_names)
+            except UserError as error:
+                problem = str(error)
+        if problem := gather(problem)[0]:
+            raise UserError(problem)
+
+    def _write(self, state: dict[str, Any], other_names: Sequence[str]) -> None:
+        previous = self.directory / "previous.pt"
+        # A damaged last.pt must not take the place of the whole checkpoint that this run was continued from.
+        if self._newest is not None and self._newest.resolve() != previous.resolve():
+            _second_name(self._newest, previous)
         write_checked(state, self.last)
-        self._last_is_whole = True
+        self._newest = self.last
+        for name in other_names:
+            _second_name(self.last, self.directory / name)
 
     def _existing(self) -> list[Path]:
-        """The checkpoints of the run, the newest first as far as names tell."""
-        kept = sorted(self.directory.glob("epoch_*.pt"), reverse=True)
-        candidates = [self.last, self.directory / "previous.pt", *kept, self.directory / "best.pt"]
-        return [path for path in candidates if path.exists()]
+        """The checkpoints of the run, ``last.pt`` first."""
+        others = [
+            self.directory / "previous.pt",
+            *sorted(self.directory.glob("epoch_*.pt")),
+            self.directory / "best.pt",
+        ]
+        return [path for path in (self.last, *others) if path.exists()]
 
     def _read(self, path: Path) -> Mapping:
         state, verified = read_checked(path)
-        missing = {"format", "model", "epoch", "best", "recipe", *self.parts} - state.keys()
+        kinds = {
+            "format": int, "model": Mapping, "processes": list, "epoch": int, "best": Mapping, "recipe": Mapping,
+            "versions": Mapping,
+        }  # fmt: skip
+        missing = {*kinds, *self.parts} - state.keys()
         if missing:
             raise UserError(
                 f"file {path} is no checkpoint of a run: it lacks {', '.join(sorted(missing))}; "
@@ -309,25 +336,31 @@ class Checkpoints:
                 f"checkpoint {path} has format {state['format']} and this program reads {FORMAT}; its weights can be "
                 "loaded with --weights into another --output-dir"
             )
-        if not verified:
-            raise DamagedFileError(f"file {path} is damaged: it does not end with its checksum")
+        wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
+        if wrong or not verified:
+            reason = f"its {', '.join(wrong)} is of another kind" if wrong else "it does not end with its checksum"
+            raise DamagedFileError(f"file {path} is damaged: {reason}")
         return state
 
     def _newest_whole(self, paths: list[Path]) -> tuple[Path, Mapping]:
-        damaged = []
+        whole, damaged = [], []
         for path in paths:
             try:
-                state = self._read(path)
+                whole.append((path, self._read(path)))
             except DamagedFileError as error:
                 damaged.append(str(error))
-                continue
-            if damaged and self.process.is_first:
-                print(f"{'; '.join(damaged)}; continuing from {path}, epoch {state['epoch']}", file=sys.stderr)
-            return path, state
-        raise UserError(
-            f"no checkpoint of the run in --output-dir {self.directory} can be read ({'; '.join(damaged)}); "
-            "choose another --output-dir"
-        )
+            if whole and path == self.last:
+                break  # nothing is newer
+        if not whole:
+            raise UserError(
+                f"no checkpoint of the run in --output-dir {self.directory} can be read ({'; '.join(damaged)}); "
+                "choose another --output-dir"
+            )
+        path, state = max(whole, key=lambda one: (one[1]["epoch"], one[1]["processes"][0]["progress"]["step"]))
+        if path != self.last and self.process.is_first:
+            reason = "; ".join(damaged) or f"{self.last} is not there"
+            print(f"{reason}; continuing from {path}, epoch {state['epoch']}", file=sys.stderr)
+        return path, state
 
 
 def _second_name(path: Path, name: Path) -> None:

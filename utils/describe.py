@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
-import einops
-import numpy
 import torch
 from torch import nn
 
-from models.neurons import spikingjelly_version
 from utils.datasets import EventData
 from utils.distributed import Process
 from utils.images import ImageData
+from utils.versions import versions
 
-__all__ = ["describe_event_run", "describe_image_run", "versions"]
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    found = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "spikingjelly": spikingjelly_version(),
-        "numpy": numpy.__version__,
-        "einops": einops.__version__,
-    }
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
+__all__ = ["describe_event_run", "describe_image_run"]
 
 
 def describe_event_run(args: Any, data: EventData, net: nn.Module, backend: str, process: Process) -> dict[str, str]:

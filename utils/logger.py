@@ -14,9 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from utils.args import plain, words
-from utils.describe import versions
 from utils.distributed import Process
 from utils.errors import UserError
+from utils.versions import versions
 
 __all__ = ["RunLog", "check_output", "write_evaluation"]
 
@@ -89,10 +89,11 @@ class RunLog:
             self._tensorboard.add_scalar("test_acc5", test["acc5"], epoch)
         self._tensorboard.flush()
         top5 = f" top-5 {test['acc5']:.2f} %" if "acc5" in test else ""
+        left_out = f"  {train['left_out']} step(s) left out (--on-nan)" if train["left_out"] else ""
         print(
             f"epoch {epoch}/{epochs}  train loss {train['loss']:.4f} acc {train['acc1']:.2f} %  "
             f"test loss {test['loss']:.4f} acc {test['acc1']:.2f} % ({test['correct']}/{test['count']}){top5}  "
-            f"lr {lr:.3g}  {seconds:.1f} s",
+            f"lr {lr:.3g}  {seconds:.1f} s{left_out}",
             flush=True,
         )
 
