@@ -70,7 +70,7 @@ def main() -> None:
     """Train, or evaluate, as the command line says."""
     args = parse_image_args(__doc__, RECIPE, DEMO)
     check_output(args.output_dir)
-    with start(args.device, args.local_rank) as process:
+    with start(args.device, args.local_rank, args.timeout, args.deterministic) as process:
         batch_size = batch_of_process(args, process.world_size)
         data = load_image_data(
             write_demo_images(args.data_dir) if args.demo else args.data_dir,
@@ -131,7 +131,7 @@ def main() -> None:
                     batches = stop.watch(log.progress(train_batches, f"train {epoch}/{args.epochs}"))
                     train = train_one_epoch(
                         trained, batches, train_loss, optimizer, scaler, process.device, args.amp, mixup or prepare,
-                        args.accumulate, epoch, progress,
+                        args.accumulate, epoch, progress, args.nan_limit,
                     )  # fmt: skip
                     batches = stop.watch(log.progress(test_batches, f"test {epoch}/{args.epochs}"))
                     test = evaluate(evaluated, batches, test_loss, process.device, prepare, top=5)

@@ -69,7 +69,7 @@ def main() -> None:
     """Train, or evaluate, as the command line says."""
     args = parse_event_args(__doc__, DATA_SET, RECIPE, DEMO)
     check_output(args.output_dir)
-    with start(args.device, args.local_rank) as process:
+    with start(args.device, args.local_rank, args.timeout, args.deterministic) as process:
         data = load_event_data(
             DATA_SET,
             args.data_dir,
@@ -118,7 +118,7 @@ def main() -> None:
                     batches = stop.watch(log.progress(train_batches, f"train {epoch}/{args.epochs}"))
                     train = train_one_epoch(
                         trained, batches, mse_of_mean, optimizer, scaler, process.device, args.amp,
-                        epoch=epoch, progress=progress,
+                        epoch=epoch, progress=progress, nan_limit=args.nan_limit,
                     )  # fmt: skip
                     batches = stop.watch(log.progress(test_batches, f"test {epoch}/{args.epochs}"))
                     test = evaluate(net, batches, mse_of_mean, process.device)

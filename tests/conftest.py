@@ -1,5 +1,6 @@
 """What several test files use: tiny data sets in SpikingJelly's layouts, and scripts run as a user runs them."""
 
+import csv
 import importlib.util
 import os
 import subprocess
@@ -33,6 +34,12 @@ def write_events(path, seed, height=128, width=128, count=400):
         y=rng.integers(0, height, count),
         p=rng.integers(0, 2, count),
     )
+
+
+def rows(output):
+    """``metrics.csv`` of a run but for the seconds."""
+    with (output / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="session")

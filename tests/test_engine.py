@@ -1,5 +1,6 @@
 """Losses, training steps and exact evaluation; several processes against one."""
 
+import copy
 import math
 import os
 
@@ -104,35 +105,68 @@ def test_bf16_training_computes_in_bf16_and_keeps_float32_weights():
     assert {p.dtype for p in net.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("poison", ["input", "weights", "loss", "gradient"])
-def test_divergence_stops_before_the_step_and_says_where(poison):
-    (frames, labels), net = samples(12), small()
-    criterion, poisoned = mse_of_mean, 2
+def poisoned_training(poison, at, **keywords):
+    """Four steps whose ``at``-th (from 1) is poisoned: the network, and its states before every step and at the end."""
+    (frames, labels), net, calls = samples(16), without_dropout(small()), []
+
+    def criterion(logits, labels):
+        calls.append(1)
+        return mse_of_mean(logits, labels) * (math.nan if poison == "loss" and len(calls) == at else 1.0)
+
     if poison == "input":
-        frames[5] = math.inf  # the loss stays finite: neurons that get nan do not spike
+        frames[4 * at - 2] = math.inf  # the loss stays finite: neurons that get nan do not spike
     elif poison == "weights":
         net.others[8].weight.data[0] = math.inf
-        poisoned = 1
-    elif poison == "loss":
-        calls = []
-
-        def criterion(logits, labels):
-            calls.append(1)
-            return mse_of_mean(logits, labels) * (math.nan if len(calls) == 2 else 1.0)
-    else:
-        calls = []
-        net.block1[0][0].weight.register_hook(
-            lambda grad: grad * math.inf if calls.append(1) or len(calls) == 2 else grad
-        )
-    before = []
+    elif poison == "gradient":
+        net.block1[0][0].weight.register_hook(lambda grad: grad * math.inf if len(calls) == at else grad)
+    states = [copy.deepcopy(net.state_dict())]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    optimizer.register_step_post_hook(lambda *_: before.append([p.detach().clone() for p in net.parameters()]))
+    optimizer.register_step_post_hook(lambda *_: states.append(copy.deepcopy(net.state_dict())))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    with pytest.raises(UserError, match=rf"diverged in epoch 7, step {poisoned}, at learning rate 0\.1"):
-        train_one_epoch(net, batches(frames, labels, 4), criterion, optimizer, scaler, CPU, epoch=7)
-    assert len(before) == poisoned - 1  # the poisoned step was not taken
-    if poison != "weights":
-        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before[-1], strict=True))
+    data = batches(frames, labels, 4)
+    result = None
+    try:
+        result = train_one_epoch(net, data, criterion, optimizer, scaler, CPU, epoch=7, **keywords)
+    except UserError as error:
+        result = str(error)
+    return net, states, result
+
+
+def parameters_equal(net, state):
+    return all(torch.equal(value, state[name]) for name, value in net.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("poison", "at"), [("input", 1), ("input", 3), ("weights", 1), ("loss", 2), ("gradient", 1), ("gradient", 4)]
+)
+def test_divergence_stops_before_the_step_and_says_where(poison, at):
+    net, states, message = poisoned_training(poison, at)
+    assert f"diverged in epoch 7, step {at}, at learning rate 0.1: the loss (" in message
+    assert len(states) == at  # the poisoned step was not taken
+    assert parameters_equal(net, states[-1])
+
+
+@pytest.mark.parametrize("poison", ["input", "loss", "gradient"])
+def test_a_step_that_is_not_finite_is_left_out_without_a_trace(poison):
+    net, states, result = poisoned_training(poison, 2, nan_limit=1)
+    assert len(states) == 4 and (result["count"], result["left_out"]) == (12, 1)
+    assert math.isfinite(result["loss"])
+    # The same as training on the other batches alone: weights, optimiser, running statistics.
+    (frames, labels), other = samples(16), without_dropout(small())
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    data = [batch for number, batch in enumerate(batches(frames, labels, 4)) if number != 1]
+    expected = train_one_epoch(other, data, mse_of_mean, optimizer, scaler, CPU)
+    assert result["loss"] == expected["loss"]
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in other.state_dict().items())
+
+
+def test_no_more_steps_are_left_out_than_the_limit():
+    net, states, message = poisoned_training("weights", 1, nan_limit=2)
+    assert "epoch 7, step 3, " in message and "2 steps are left out already (--nan-limit)" in message
+    assert len(states) == 1 and parameters_equal(net, states[0])
+    *_, message = poisoned_training("weights", 1, nan_limit=99)
+    assert "every step had to be left out" in message
 
 
 def test_a_streak_of_steps_skipped_by_the_scaler_stops():

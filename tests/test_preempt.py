@@ -1,6 +1,5 @@
 """Stopping inside an epoch by a signal, and continuing to the bit."""
 
-import csv
 import os
 import signal
 import subprocess
@@ -10,7 +9,7 @@ import time
 import pytest
 import torch
 
-from tests.conftest import ROOT, SCRIPTS, SMALL
+from tests.conftest import ROOT, SCRIPTS, SMALL, rows
 from utils.checkpoint import read_weights
 from utils.errors import StopRequested
 from utils.preempt import StopSignal
@@ -33,11 +32,6 @@ engine.Progress.add = counted
 sys.argv = sys.argv[4:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-def rows(output):
-    with (output / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
 def same_state(a, b):
@@ -100,28 +94,49 @@ def test_a_run_that_is_stopped_inside_an_epoch_continues_to_the_bit(where, at, n
     assert rows(tmp_path) == rows(folder)
 
 
-def test_two_processes_stop_at_the_same_step_and_continue_to_the_bit(gesture_data, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    options = [*SMALL, "--data-dir", gesture_data, "--epochs", 2, "-b", 2]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run([SCRIPTS["dvs128"], *options, "--output-dir", whole], launcher).returncode == 0
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
+
+@pytest.fixture(scope="module")
+def whole_of_two(gesture_data, tmp_path_factory):
+    """As ``whole``, of two processes."""
+    command = [SCRIPTS["dvs128"], *SMALL, "--data-dir", gesture_data, "--epochs", 2, "-b", 2]
+    folder = tmp_path_factory.mktemp("whole_of_two")
+    assert run([*command, "--output-dir", folder], LAUNCHER).returncode == 0
+    return folder, command
+
+
+def test_two_processes_stop_at_the_same_step_and_continue_to_the_bit(whole_of_two, tmp_path):
+    whole, command = whole_of_two
+    command = [*command, "--output-dir", tmp_path]
     # One process gets the signal; both stop after the step.
     sender = tmp_path / "sender.py"
     sender.write_text(SENDER.replace("count == at and", 'count == at and os.environ["RANK"] == "1" and'))
-    command = [sender, "train", 3, int(signal.SIGTERM), SCRIPTS["dvs128"], *options, "--output-dir", stopped]
-    done = run(command, launcher)
+    done = run([sender, "train", 3, int(signal.SIGTERM), *command], LAUNCHER)
     assert done.returncode != 0 and done.stderr.count("stopped by SIGTERM; every step is saved") == 1, done.stderr
-    state = torch.load(stopped / "last.pt", weights_only=True)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert [own["progress"]["step"] for own in state["processes"]] == [3, 3]
 
-    alone = run([SCRIPTS["dvs128"], *options, "--output-dir", stopped])
+    alone = run(command)
     assert alone.returncode == 2
     assert "was stopped inside epoch 1 of 2 process(es) and there are 1; continue it with as many" in alone.stderr
 
-    assert run([SCRIPTS["dvs128"], *options, "--output-dir", stopped], launcher).returncode == 0
-    assert same_state(whole, stopped)
-    assert rows(stopped) == rows(whole)
+    assert run(command, LAUNCHER).returncode == 0
+    assert same_state(whole, tmp_path)
+    assert rows(tmp_path) == rows(whole)
+
+
+def test_a_launcher_that_starts_the_processes_anew_ends_with_the_same_run(whole_of_two, tmp_path):
+    whole, command = whole_of_two
+    sender = tmp_path / "sender.py"  # the second process is killed in the second epoch, at the first start
+    first = 'os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and'
+    sender.write_text(SENDER.replace("count == at and", f"count == at and {first}"))
+    launcher = [*LAUNCHER, "--max-restarts", 1]
+    done = run([sender, "train", 8, int(signal.SIGKILL), *command, "--output-dir", tmp_path], launcher)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: another process of the run ended, or did not answer for 600 s") == 1
+    assert same_state(whole, tmp_path)
+    assert rows(tmp_path) == rows(whole)
 
 
 def test_a_real_sigterm_ends_a_run_within_seconds(gesture_data, tmp_path):

@@ -43,6 +43,10 @@ COMMON: dict[str, Any] = {
     "weights": None,
     "resume": "auto",
     "keep_every": 0,
+    "on_nan": "stop",
+    "nan_limit": 10,
+    "deterministic": False,
+    "timeout": 600.0,
     "device": None,
     "amp": None,
     "backend": "auto",
@@ -89,6 +93,10 @@ def add_run(parser: ScriptParser, name: str) -> None:
     add("--evaluate", action="store_true", help="evaluate --weights and stop")
     add("--resume", metavar="auto|never|FILE", help="continue the run in the output directory", default="auto")
     add("--keep-every", type=whole(0), metavar="N", help="keep the checkpoint of every N-th epoch", default="0: none")
+    add("--on-nan", choices=("stop", "skip"), help="a step that is not finite: stop, or leave it out", default="stop")
+    add("--nan-limit", type=whole(1), metavar="N", help="with skip: at most so many steps of an epoch", default=10)
+    add("--deterministic", action="store_true", help="bit-equal reruns on this machine")
+    add("--timeout", type=above_zero, metavar="S", help="seconds to wait for a lost process", default=600.0)
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N", default="a GPU where there is one")
     add("--backend", choices=("auto", "cupy", "torch"), help="of the neurons", default="auto")
     add("--num-workers", type=whole(0), metavar="N", help="loader processes", default="the cores, at most 8")
@@ -112,6 +120,8 @@ def complete(args: argparse.Namespace, data_set: str, run: str) -> None:
     args.output_dir = args.output_dir or Path("output") / f"{run}{suffix}"
     args.data_dir = args.data_dir or (args.output_dir / "demo_data" if args.demo else Path("data") / data_set)
     args.log_dir = args.log_dir or args.output_dir
+    if args.on_nan == "stop":
+        args.nan_limit = 0
     args.AZO = args.AZO and not args.evaluate  # for training only: its divisors must not matter in an evaluation
     if args.num_workers is None:
         args.num_workers = _workers()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.errors import UserError
+from utils.errors import ProcessLost, UserError
 
 __all__ = ["Process", "broadcast_buffers", "gather", "largest_over_processes", "start", "sum_over_processes"]
 
@@ -32,34 +33,100 @@ class Process:
 
 
 @contextmanager
-def start(device: str | None, local_rank: int | None) -> Iterator[Process]:
+def start(
+    device: str | None, local_rank: int | None, timeout: float = 600.0, deterministic: bool = False
+) -> Iterator[Process]:
     """Join the process group that the environment describes (none: a run of one process), and leave it at the end.
 
     Args:
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or None for a GPU where there is one.
         local_rank: ``--local-rank`` of older launchers; the environment's ``LOCAL_RANK`` where it is None.
+        timeout: seconds that a process waits for the others.
+        deterministic: the same bits again on the same machine. An operation that cannot give them is an error on a CPU,
+            and on a GPU a warning that names it.
 
     Raises:
-        UserError: the device is unknown or absent, or there are more processes than GPUs.
+        UserError: the device is unknown or absent, there are more processes than GPUs, or they do not find each other.
+        ProcessLost: another process ended, or did not answer in time.
     """
     world_size = _environment_number("WORLD_SIZE", 1)
     rank = _environment_number("RANK", 0)
     if local_rank is None:
         local_rank = _environment_number("LOCAL_RANK", 0)
     chosen = _choose_device(device, local_rank, world_size)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
     # init_process_group is called whenever a launcher set the environment, even for one process: it owns the store.
     joined = "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
     if world_size > 1 and not joined:
         raise UserError(f"WORLD_SIZE={world_size} without MASTER_ADDR; start several processes with torchrun")
-    if joined:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    try:
-        yield Process(rank, local_rank, world_size, chosen)
-    finally:
+    with _reproducible(chosen) if deterministic else nullcontext():
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
         if joined:
-            dist.destroy_process_group()
+            _join("nccl" if chosen.type == "cuda" else "gloo", timeout)
+        try:
+            yield Process(rank, local_rank, world_size, chosen)
+        except BaseException as error:
+            if not joined or world_size == 1:
+                raise
+            told = _told_already(rank)
+            if not _is_loss(error):
+                raise
+            # The group is left as it is: taking it down would wait for the one that is gone.
+            joined = False
+            raise ProcessLost(told, timeout) from error
+        finally:
+            if joined:
+                dist.destroy_process_group()
+
+
+@contextmanager
+def _reproducible(device: torch.device) -> Iterator[None]:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _join(backend: str, timeout: float) -> None:
+    wait = timedelta(seconds=timeout)
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
+        store.set_timeout(wait)
+        # A launcher that starts the processes anew (--max-restarts) keeps its store: addresses of the dead ones in it
+        # must not be met again.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"the {os.environ['WORLD_SIZE']} processes do not find each other at {address} within {timeout:g} s "
+            f"({reason}); start all of them, with a --master_port that is free"
+        ) from error
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether an exchange between the processes failed; gloo has no type of its own for it."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
+def _told_already(rank: int) -> bool:
+    """Whether another process tells why the run ends. The first one that asks tells.
+
+    Only the launcher's store outlives every process of the run. Without it the first process tells, and the second,
+    which may be all that is left.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set_timeout(timedelta(seconds=5))
+            return store.add("run ends", 1) > 1
+        except RuntimeError:  # the launcher is gone too
+            pass
+    return rank > 1
 
 
 def _environment_number(name: str, default: int) -> int:

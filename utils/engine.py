@@ -19,7 +19,7 @@ __all__ = ["AMP_DTYPES", "Progress", "evaluate", "time_first", "train_one_epoch"
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 
 _MOST_SKIPPED = 25  # the scaler halves its factor at each: from 65536 down to below 1
-_REMEDY = "lower --lr or use --amp off; the last finished epoch is saved"
+_REMEDY = "lower --lr, use --amp off or --on-nan skip; the last finished epoch is saved"
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Prepare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -31,7 +31,7 @@ def time_first(frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Progress:
-    """How far an epoch has come: steps done, and loss, correct predictions and samples so far in this process.
+    """How far an epoch has come: steps done and left out, and loss, correct predictions and samples of this process.
 
     The sums stay on the device: no wait for it in every step.
     """
@@ -43,15 +43,16 @@ class Progress:
     def reset(self) -> None:
         """Start an epoch."""
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.step = self.count = 0
+        self.step = self.count = self.left_out = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"step": self.step, "count": self.count, "sums": self.sums.cpu()}
+        return {"step": self.step, "count": self.count, "left_out": self.left_out, "sums": self.sums.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
-        self.step, self.count, self.sums = state["step"], state["count"], state["sums"].to(self.device)
+        self.step, self.count, self.left_out = state["step"], state["count"], state["left_out"]
+        self.sums = state["sums"].to(self.device)
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: its mean loss, logits ``[T, B, K]`` or ``[B, K]`` and labels ``[B]``."""
@@ -83,6 +84,7 @@ def train_one_epoch(
     accumulate: int = 1,
     epoch: int = 1,
     progress: Progress | None = None,
+    nan_limit: int = 0,
 ) -> dict[str, float]:
     """Train on every batch once, one optimiser step a batch.
 
@@ -96,20 +98,27 @@ def train_one_epoch(
             and AZO see one part at a time.
         epoch: for the message of a run that diverges.
         progress: of an epoch whose first batches are done and not among ``batches``; brought up to date every step.
+        nan_limit: so many steps of an epoch whose loss, gradient or running statistics are not finite are left out:
+            weights, optimiser and statistics stay as they were, and the samples are not counted. One more stops.
 
     Returns:
-        ``loss`` (mean over samples), ``acc1`` (percent), ``correct`` and ``count`` over all processes.
+        ``loss`` (mean over samples), ``acc1`` (percent), ``correct`` and ``count`` over all processes, and
+        ``left_out``, the number of steps.
 
     Raises:
-        UserError: the loss or a gradient is not finite (told before the optimiser's step), the fp16 scaler has skipped
-            too many steps in a row, or a running statistic is not finite; nothing of the epoch should be kept.
+        UserError: the loss, a gradient or a running statistic is not finite (told before the optimiser's step), or the
+            fp16 scaler has skipped too many steps in a row, or a weight is not finite at the end; nothing of the epoch
+            should be kept.
     """
     net.train()
     reset_net(net)  # whatever an interrupted batch left behind
     progress = progress or Progress(device)
-    skipped = 0  # steps in a row
+    skipped = 0  # by the scaler, steps in a row
+    statistics = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
     for samples, labels in batches:
         optimizer.zero_grad(set_to_none=True)
+        before = [buffer.clone() for buffer in net.buffers()] if nan_limit else []
+        outcomes = []
         parts = list(zip(samples.chunk(accumulate), labels.chunk(accumulate), strict=True))
         for number, (some, their_labels) in enumerate(parts, 1):
             some, their_labels = _to_device(some, their_labels, device)
@@ -120,11 +129,21 @@ def train_one_epoch(
                 loss = criterion(logits, targets)
                 scaler.scale(loss * (len(some) / len(samples))).backward()
             reset_net(net)
-            progress.add(loss, logits, their_labels)
+            outcomes.append((loss.detach(), logits.detach(), their_labels))
         where = f"training diverged in epoch {epoch}, step {progress.step + 1}, at learning rate {_rate(optimizer):g}"
-        # Agreed between the processes: all stop with one message, or none does.
-        if largest_over_processes(not _is_finite(loss, net, scaler), device):
-            raise UserError(f"{where}: the loss ({loss.item():.4g}) or a gradient is not finite; {_REMEDY}")
+        # Agreed between the processes: all stop (or leave the step out) with one message, or none does.
+        if largest_over_processes(not _is_finite(outcomes, net, statistics, scaler), device):
+            what = f"the loss ({loss.item():.4g}), a gradient or a running statistic is not finite"
+            if progress.left_out == nan_limit:
+                already = f", and {nan_limit} steps are left out already (--nan-limit)" if nan_limit else ""
+                raise UserError(f"{where}: {what}{already}; check the data, {_REMEDY}")
+            progress.left_out += 1
+            progress.step += 1
+            for buffer, value in zip(net.buffers(), before, strict=True):
+                buffer.copy_(value)
+            continue
+        for outcome in outcomes:
+            progress.add(*outcome)
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
@@ -132,12 +151,11 @@ def train_one_epoch(
         if skipped == _MOST_SKIPPED:
             raise UserError(f"{where}: fp16 gradients were not finite in {skipped} steps in a row; {_REMEDY}")
         progress.step += 1
-    # A batch with nan may pass all these: neurons that get nan stay silent. It shows in the running statistics.
+    if not progress.count:
+        raise UserError(f"training diverged in epoch {epoch}: every step had to be left out; check the data, {_REMEDY}")
     if largest_over_processes(not all(value.isfinite().all() for value in net.state_dict().values()), device):
-        raise UserError(
-            f"training diverged in epoch {epoch}: the running statistics are not finite; check the data, or {_REMEDY}"
-        )
-    return progress.result()
+        raise UserError(f"training diverged in epoch {epoch}: a weight is not finite; {_REMEDY}")
+    return progress.result() | {"left_out": progress.left_out}
 
 
 @torch.inference_mode()
@@ -171,13 +189,15 @@ def _rate(optimizer: torch.optim.Optimizer) -> float:
     return optimizer.param_groups[0]["lr"]
 
 
-def _is_finite(loss: Tensor, net: nn.Module, scaler: torch.amp.GradScaler) -> bool:
-    """Whether a step may be taken. With fp16 the scaler looks at the gradients, which overflow now and then."""
-    finite = loss.detach().isfinite()
+def _is_finite(outcomes: list[tuple], net: nn.Module, statistics: list[Tensor], scaler: torch.amp.GradScaler) -> bool:
+    """Whether a step may be taken. With fp16 the scaler looks at the gradients, which overflow now and then.
+
+    Losses and gradients alone would not do: neurons that get nan stay silent, and it shows in the running statistics.
+    """
+    values = [loss for loss, *_ in outcomes] + statistics
     if not scaler.is_enabled():
-        gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
-        finite = finite & torch.nn.utils.get_total_norm(gradients).isfinite()
-    return bool(finite)
+        values += [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+    return bool(torch.nn.utils.get_total_norm(values).isfinite())
 
 
 def _gradients_stay_local(net: nn.Module) -> AbstractContextManager:

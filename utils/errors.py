@@ -11,11 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-__all__ = ["DataError", "SentenceParser", "StopRequested", "UserError", "exit_with_sentence", "user_input"]
+__all__ = [
+    "DataError",
+    "ProcessLost",
+    "SentenceParser",
+    "StopRequested",
+    "UserError",
+    "exit_with_sentence",
+    "user_input",
+]
 
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 EXIT_USER_ERROR = 2
+EXIT_PROCESS_LOST = 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
@@ -40,6 +49,19 @@ class StopRequested(Exception):  # noqa: N818 - nothing went wrong
     def __init__(self, number: int):
         super().__init__(number)
         self.number = number
+
+
+class ProcessLost(Exception):  # noqa: N818 - as StopRequested
+    """Another process of the run ended or does not answer.
+
+    Args:
+        told: another process says why, so this one stays silent.
+        timeout: seconds that the processes wait for each other.
+    """
+
+    def __init__(self, told: bool, timeout: float):
+        super().__init__(told, timeout)
+        self.told, self.timeout = told, timeout
 
 
 class SentenceParser(argparse.ArgumentParser):
@@ -70,6 +92,15 @@ def exit_with_sentence(main: Callable[[], None]) -> None:
         if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":
             print(f"{program}: error: {_sentence(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
+    except ProcessLost as lost:
+        if not lost.told:
+            print(
+                f"{program}: error: another process of the run ended, or did not answer for {lost.timeout:g} s "
+                "(--timeout); every finished epoch is saved, and the same command continues after it",
+                file=sys.stderr,
+                flush=True,
+            )
+        sys.exit(EXIT_PROCESS_LOST)
     except OSError as error:
         if error.errno not in _NOT_WRITABLE:
             raise
