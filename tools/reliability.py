@@ -1,0 +1,681 @@
+"""What a run survives, measured: kills, damaged files, divergence, lost processes, long evaluations.
+
+    python tools/reliability.py                            all rows: a quarter of an hour on two cores
+    python tools/reliability.py --quick                    the same in smaller counts: two minutes
+    python tools/reliability.py --only saves resume        these rows
+
+Real processes run the scripts on the built-in demo data, on the CPU, one thread a process. The table goes to standard
+output and, with the figures, to --output-dir. Exit code 1 where a row misses its target.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import platform
+import random
+import resource
+import runpy
+import shutil
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import redirect_stderr, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+if not __package__:  # run as a file: the modules of the repository are one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils.losses
+from models import VGG8
+from tools._forked import ROOT, Run, end_all, in_child, launch, start
+from utils.checkpoint import Checkpoints, load_weights, read_weights
+from utils.demo import write_demo
+from utils.demo_images import write_demo_images
+from utils.distributed import Process
+from utils.engine import Progress, evaluate, train_one_epoch
+from utils.errors import SentenceParser, UserError, exit_with_sentence
+from utils.files import read_checked
+from utils.frames import DATA_SETS
+from utils.logger import check_output
+from utils.losses import mse_of_mean
+from utils.versions import versions
+
+__all__ = ["damages", "hostile_files", "make_parser"]
+
+SCRIPTS = {
+    "AdamW": ("vgg8_dvs128_SMA.py", "dvs128"),
+    "Adam": ("vgg8_cifar10dvs_SMA.py", "cifar10dvs"),
+    "NAdam": ("vgg8_NCaltech101_SMA.py", "ncaltech101"),
+    "SGD": ("train_amp.py", "imagenet"),
+    "SGD + EMA": ("train_amp.py", "imagenet"),
+}
+EVENTS = ["-T", "4", "--width", "0.125", "--RCR", "4", "--frame-size", "32", "--keep-frames"]
+IMAGES = ["-T", "2", "--width", "0.125", "--image-size", "32", "--mixup", "--accumulate", "2", "--warm-up", "1"]
+TIMEOUT = 5  # seconds, of the runs that lose a process
+ALONE = Process(0, 0, 1, torch.device("cpu"))
+Found = tuple[str, bool]  # the figure, and whether it reaches the target
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Args:
+        measure: takes an empty folder, the folder of the demo data and whether to be quick.
+    """
+
+    what: str
+    target: str
+    measure: Callable[[Path, Path, bool], Found]
+
+
+def saves(work: Path, data: Path, quick: bool) -> Found:
+    """kill -9 during back-to-back saves of 25 MB."""
+    folder, saved, rng, count = work / "run", work / "saved", random.Random(0), 6 if quick else 30
+    folder.mkdir()
+
+    def save_for_ever() -> None:
+        net = nn.Linear(1024, 2048)
+        optimizer = torch.optim.Adam(net.parameters())
+        net(torch.ones(1, 1024)).sum().backward()
+        optimizer.step()
+        checkpoints = Checkpoints(folder, {}, ALONE, net, Progress(ALONE.device), optimizer=optimizer)
+        epoch = checkpoints.resume("auto")
+        while True:
+            epoch += 1
+            checkpoints.save(epoch, 0.0)
+            saved.touch()
+
+    bad = newest = 0
+    for _ in range(count):
+        saved.unlink(missing_ok=True)
+        run = launch(save_for_ever, work)
+        while not saved.exists() and not run.wait(0.01):
+            pass
+        run.wait(rng.uniform(0.0, 0.5))
+        run.end()
+        epoch = in_child(lambda: _epoch_of(folder / "last.pt"))
+        bad += epoch is None or epoch < newest
+        newest = epoch or newest
+    return f"{bad} of {count}", bad == 0
+
+
+def training(work: Path, data: Path, quick: bool) -> Found:
+    """kill -9 of a training, the same command again, until it is through."""
+    count, rng = (4 if quick else 20), random.Random(1)
+    if quick:
+        small = _small("AdamW", 1, data)
+        script, options = small.script, [*small.options, "--epochs", 6]
+    else:
+        script = SCRIPTS["AdamW"][0]
+        options = ["--data-dir", _demo_data("dvs128", data)[0], *_demo_settings(script)]
+    began = time.monotonic()
+    _finish(start(script, [*options, "--output-dir", work / "whole"], work))
+    most = 3 * (time.monotonic() - began) / count  # so that the kills are spread over the whole training
+    folders, saved, kills, lost = [work / "killed_0"], 0, 0, 0
+    while kills < count:
+        run = start(script, [*options, "--output-dir", folders[-1]], work)
+        if run.wait(rng.uniform(0.0, most)):
+            _finish(run)
+            folders.append(work / f"killed_{len(folders)}")
+            saved = 0
+            continue
+        run.end()
+        kills += 1
+        epoch = in_child(lambda: _epoch_of(folders[-1] / "last.pt")) or 0
+        lost += max(0, saved - epoch)
+        saved = epoch
+    _finish(start(script, [*options, "--output-dir", folders[-1]], work))
+    differing = sum(bool(in_child(lambda folder=folder: _differences(work / "whole", folder))) for folder in folders)
+    return f"{lost} / {differing} ({count} kills, {len(folders)} training(s))", lost == differing == 0
+
+
+def resume(work: Path, data: Path, quick: bool) -> Found:
+    """Stop at every epoch boundary and at five points inside an epoch; continue; compare everything to the bit."""
+    equal = tried = 0
+    names = ["AdamW", "SGD + EMA"] if quick else list(SCRIPTS)
+    for name in names:
+        for processes in (1, 2):
+            small, here = _small(name, processes, data), work / f"{name}_{processes}"
+            options = [*small.options, "--epochs", 3, "--output-dir"]
+            _finish(start(small.script, [*options, here / "whole"], here, processes))
+            inside = sorted({max(1, round(small.steps * part)) for part in (0.1, 0.3, 0.5, 0.7, 1.0)})
+            points = [("epoch", 1), ("epoch", 2), *(("step", small.steps + step) for step in inside)]
+            for kind, at in points[1::3] if quick else points:
+                folder = here / f"{kind}_{at}"
+                stopping = _kill_after_epoch(at) if kind == "epoch" else _sigterm_at_step(at, processes - 1)
+                run = start(small.script, [*options, folder], here, processes, stopping)
+                run.wait()
+                if run.codes[0] != (-signal.SIGKILL if kind == "epoch" else 128 + signal.SIGTERM):
+                    raise RuntimeError(f"{name}, stopped at {kind} {at}, ended with {run.codes}: {run.text()[-2000:]}")
+                _finish(start(small.script, [*options, folder], here, processes))
+                tried += 1
+                equal += not in_child(lambda a=here / "whole", b=folder: _differences(a, b))
+    return f"{equal} of {tried} bit-equal ({', '.join(names)}; 1 and 2 processes)", equal == tried
+
+
+def stop(work: Path, data: Path, quick: bool) -> Found:
+    """SIGTERM at random moments of the demo training."""
+    script, first, rng, worst, count = SCRIPTS["AdamW"][0], work / "first", random.Random(2), 0.0, 2 if quick else 5
+    options = ["--data-dir", _demo_data("dvs128", data)[0], *_demo_settings(script), "--output-dir", work / "run"]
+    for _ in range(count):
+        first.unlink(missing_ok=True)
+        run = start(script, options, work, prelude=lambda: _on_step(lambda _: first.touch()))
+        while not first.exists() and not run.wait(0.02):
+            pass
+        run.wait(rng.uniform(0.0, 3.0))
+        began = time.monotonic()
+        run.send(signal.SIGTERM)
+        run.wait()
+        worst = max(worst, time.monotonic() - began)
+        if run.codes != [128 + signal.SIGTERM] or "every step is saved" not in run.text():
+            return f"exit code {run.codes[0]}: {run.text()[-300:]}", False
+    return f"{worst:.1f} s at most ({count} times)", worst < 5
+
+
+def damaged(work: Path, data: Path, quick: bool) -> Found:
+    """Damage last.pt in every way, and continue."""
+
+    def count() -> tuple[int, int]:
+        net = nn.Linear(64, 64)
+        checkpoints = Checkpoints(work, {}, ALONE, net, Progress(ALONE.device))
+        for epoch in (1, 2):
+            checkpoints.save(epoch, 0.0)
+        used = tried = 0
+        for content in damages((work / "last.pt").read_bytes()):
+            (work / "last.pt").unlink()  # previous.pt may be the same file
+            (work / "last.pt").write_bytes(content)
+            tried += 1
+            told = io.StringIO()
+            with redirect_stderr(told):
+                epoch = Checkpoints(work, {}, ALONE, net, Progress(ALONE.device)).resume("auto")
+            used += epoch == 1 and f"file {work / 'last.pt'} is" in told.getvalue()
+        return used, tried
+
+    used, tried = in_child(count)
+    return f"{used} of {tried}", used == tried == 33
+
+
+def hostile(work: Path, data: Path, quick: bool) -> Found:
+    """Load files that run code when they are unpickled, as weights and as the checkpoint to continue."""
+    marker, executed, refused, tried = work / "executed", 0, 0, 0
+    for name, content in in_child(lambda: list(hostile_files(marker))):
+        folder = work / name
+        folder.mkdir()
+        file = folder / ("elsewhere" if name == "symlink" else "last.pt")
+        file.write_bytes(content)
+        if name == "symlink":
+            (folder / "last.pt").symlink_to(file)
+        for attempt in (_load_as_weights, _load_as_checkpoint):
+            tried += 1
+            refused += in_child(lambda attempt=attempt, folder=folder: _is_refused(attempt, folder))
+            executed += marker.exists()
+            marker.unlink(missing_ok=True)
+    return f"{executed} ({refused} of {tried} refused in a sentence)", executed == 0 and refused == tried
+
+
+def nan(work: Path, data: Path, quick: bool) -> Found:
+    """Spoil one step of a training."""
+    rng, stopped, tried, steps = random.Random(3), 0, 0, work / "steps"
+    for processes in (1, 2):
+        small = _small("AdamW", processes, data)
+        for what in ("loss", "gradient", "input"):
+            for number in range(1 if quick else 3):
+                at, folder = rng.randrange(2, small.steps + 4), work / f"{what}_{processes}_{number}"
+                options = [*small.options, "--epochs", 2, "--output-dir", folder]
+                run = start(small.script, options, work, processes, _poison(what, at, processes - 1, steps))
+                run.wait()
+                epoch, step = divmod(at - 1, small.steps)
+                text = run.text()
+                told = f"epoch {epoch + 1}, step {step + 1}, at learning rate" in text and _is_one_message(text)
+                finite = in_child(lambda path=folder / "last.pt": _is_finite(path))
+                tried += 1
+                stopped += set(run.codes) == {2} and told and finite and steps.read_text() == str(at - 1)
+    return f"{stopped} of {tried}", stopped == tried
+
+
+def disk(work: Path, data: Path, quick: bool) -> Found:
+    """Let no file grow beyond 50 kB from the first epoch on, as a disk without room."""
+    for processes in (1, 2):
+        small, folder = _small("AdamW", processes, data), work / f"run_{processes}"
+        options = [*small.options, "--epochs", 3, "--output-dir", folder]
+        run = start(small.script, options, work, processes, _no_room_after_epoch_1)
+        run.wait()
+        text, epoch = run.text(), in_child(lambda folder=folder: _epoch_of(folder / "last.pt"))
+        if set(run.codes) != {2} or "cannot be written" not in text or not _is_one_message(text) or epoch != 1:
+            return f"no: {processes} process(es), exit codes {run.codes}, epoch {epoch}: {text[-300:]}", False
+    return "yes (1 and 2 processes; a limit of the file size stands in for the disk)", True
+
+
+def lost(work: Path, data: Path, quick: bool) -> Found:
+    """Kill one of two processes, or let it stand still."""
+    small, figures, good = _small("AdamW", 2, data), [], True
+    for rank, number in [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)]:
+        folder = work / f"{number.name}_{rank}"
+        options = [*small.options, "--epochs", 999, "--timeout", TIMEOUT, "--output-dir", folder]
+        run = start(small.script, options, folder, 2)
+        while not (folder / "last.pt").exists() and not run.wait(0.02):
+            pass
+        began, other = time.monotonic(), 1 - rank
+        run.send(number, rank)
+        while run.codes[other] is None and time.monotonic() - began < 60:
+            run.wait(0.02)
+        seconds, code = time.monotonic() - began, run.codes[other]
+        run.end()
+        good &= code == 3 and seconds < TIMEOUT + 5 and _is_one_message(run.text())
+        figures.append(f"{number.name} to rank {rank}: {seconds:.1f} s")
+    return f"{', '.join(figures)} (time-out {TIMEOUT} s)", good
+
+
+def potential(work: Path, data: Path, quick: bool) -> Found:
+    """Look at the neurons wherever a batch starts."""
+    left, looked_at = in_child(_count_potential)
+    return f"{left} of {looked_at} neuron layers at the start of a batch", left == 0
+
+
+ROWS = {
+    "saves": Row("kill -9 during back-to-back saves: unreadable, missing or older `last.pt`", "0", saves),
+    "training": Row("kill -9 of a demo training at random points, the same command again: "
+                    "saved epochs lost / runs that end with other weights or metrics", "0 / 0", training),
+    "resume": Row("stopped at every epoch boundary and at 5 points inside an epoch: weights, optimiser, random states "
+                  "and metrics as uninterrupted", "all", resume),
+    "stop": Row("SIGTERM in a demo training: saved inside the epoch and ended", "within 5 s", stop),
+    "damaged": Row("damaged `last.pt` (10 truncations, 20 changed bytes, zeros, empty, HTML): told, previous one used",
+                   "33 of 33", damaged),
+    "hostile": Row("hostile files (os.system, eval, nested reduce, whole module, symlink, tar), as weights and as "
+                   "checkpoint: code executed", "0", hostile),
+    "nan": Row("NaN in loss, gradient or input at a random step, 1 and 2 processes: stopped before the step", "all",
+               nan),
+    "disk": Row("disk full while saving: previous checkpoint whole, all processes stop with one message", "yes", disk),
+    "lost": Row("one of 2 processes lost: the other ends with one message", "within the time-out", lost),
+    "potential": Row("membrane potential carried over between batches, after exceptions, after an evaluation between "
+                     "steps", "0", potential),
+}  # fmt: skip
+
+
+def damages(whole: bytes) -> Iterator[bytes]:
+    """33 ways in which a file comes to grief."""
+    rng = random.Random(0)
+    for _ in range(10):
+        yield whole[: rng.randrange(1, len(whole))]
+    for place in [len(whole) - 70, len(whole) - 72, *(rng.randrange(len(whole)) for _ in range(18))]:
+        yield whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :]
+    yield bytes(len(whole))
+    yield b""
+    yield b"<!DOCTYPE html><html>quota exceeded</html>"
+
+
+class _Calls:
+    """Unpickling it calls a function."""
+
+    def __init__(self, function: Callable, *arguments: object):
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+class _Module(nn.Module):
+    """A whole module whose unpickling runs code."""
+
+    def __init__(self, marker: Path):
+        super().__init__()
+        self.weights, self.marker = nn.Linear(2, 2), str(marker)
+
+    def __setstate__(self, state: dict) -> None:
+        Path(state["marker"]).touch()
+        super().__setstate__(state)
+
+
+def hostile_files(marker: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of files that make the file ``marker`` when they are unpickled without care."""
+    weights = nn.Linear(2, 2).state_dict()
+    by_system = _Calls(os.system, f"touch {marker}")
+    by_eval = _Calls(eval, f"open({str(marker)!r}, 'w').close()")
+    yield "system", _saved({"model": weights, "extra": by_system})
+    yield "eval", _saved({"model": weights, "extra": by_eval})
+    yield (
+        "nested",
+        _saved({"model": {"weight": _Calls(list, [_Calls(getattr, _Calls(__import__, "os"), "sep"), by_eval])}}),
+    )
+    yield "module", _saved(_Module(marker))
+    yield "symlink", _saved({"model": weights, "extra": by_system})
+    yield "old_format", _saved({"model": weights, "extra": by_system}, _use_new_zipfile_serialization=False)
+    tar = io.BytesIO()  # as torch saved before 0.1.10, with a link that leads out of the archive
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        pickled = _pickled(by_system)
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(pickled)
+            archive.addfile(entry, io.BytesIO(pickled))
+        link = tarfile.TarInfo("link")
+        link.type, link.linkname = tarfile.SYMTYPE, str(marker.parent)
+        archive.addfile(link)
+    yield "tar", tar.getvalue()
+
+
+def _saved(content: object, **keywords: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, **keywords)
+    return file.getvalue()
+
+
+def _pickled(content: object) -> bytes:
+    return pickle.dumps(content, protocol=2)
+
+
+@dataclass(frozen=True)
+class _Small:
+    """A training that takes seconds."""
+
+    script: str
+    options: list
+    steps: int  # of an epoch
+
+
+def _small(name: str, processes: int, data: Path) -> _Small:
+    """The script with the optimiser ``name``, with about six steps an epoch."""
+    script, kind = SCRIPTS[name]
+    folder, count = _demo_data(kind, data, classes=3)
+    options: list = ["--data-dir", folder, "--device", "cpu", "--num-workers", 0]
+    if kind == "imagenet":
+        parts = 2 * processes  # as --accumulate says
+        batch = count // (6 * parts) * parts
+        options += [*IMAGES, "-b", batch, *(["--ema", "0.9"] if "EMA" in name else [])]
+        return _Small(script, options, count // batch)
+    batch = count // (6 * processes)
+    options += [*EVENTS, "-b", batch]
+    if not DATA_SETS[kind].has_split:
+        options += ["--split", folder / "split.csv"]
+    return _Small(script, options, count // (batch * processes))
+
+
+def _demo_data(kind: str, data: Path, classes: int | None = None) -> tuple[Path, int]:
+    """The demo data of a script (events: of so many classes), made once, and the number of training samples."""
+
+    def make() -> tuple[Path, int]:
+        if kind == "imagenet":
+            return _fewer_images(write_demo_images(data), data / "fewer")
+        about = DATA_SETS[kind]
+        layout = "gesture" if about.has_split else "folders"
+        folder = write_demo(data, layout, about.sensor, classes or about.demo_classes)
+        if about.has_split:
+            return folder, len(list((folder / "events_np" / "train").glob("*/*.npz")))
+        return folder, (folder / "split.csv").read_text().count("train,")
+
+    return in_child(make)
+
+
+def _fewer_images(whole: Path, fewer: Path) -> tuple[Path, int]:
+    """Links to the first images of three classes, and the number of training images."""
+    counts = {"train": 24, "test": 8}
+    for part, count in counts.items():
+        for folder in sorted((whole / part).iterdir())[:3]:
+            (fewer / part / folder.name).mkdir(parents=True, exist_ok=True)
+            for image in sorted(folder.iterdir())[:count]:
+                with suppress(FileExistsError):
+                    (fewer / part / folder.name / image.name).symlink_to(image)
+    return fewer, 3 * counts["train"]
+
+
+def _demo_settings(script: str) -> list:
+    """What ``--demo`` stands for, as arguments: the data are shared between the runs here."""
+    settings: list = []
+    for name, value in in_child(lambda: runpy.run_path(str(ROOT / script))["DEMO"]).items():
+        settings.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            settings.append("x".join(map(str, value)) if isinstance(value, list) else value)
+    return [*settings, "--device", "cpu", "--num-workers", 0]
+
+
+def _finish(run: Run) -> None:
+    """Wait for a run that must succeed."""
+    if not run.wait() or any(run.codes):
+        run.end()
+        raise RuntimeError(f"a run that should succeed ended with {run.codes}: {run.text()[-2000:]}")
+
+
+def _epoch_of(path: Path) -> int | None:
+    """The epochs done of a whole checkpoint; None where it is damaged or missing."""
+    try:
+        state, verified = read_checked(path)
+    except UserError:
+        return None
+    return state["epoch"] if verified else None
+
+
+def _is_finite(path: Path) -> bool:
+    return not path.exists() or all(value.isfinite().all() for value in read_weights(path)[0].values())
+
+
+def _differences(a: Path, b: Path) -> list[str]:
+    """Where the last checkpoints and the metrics of two runs differ."""
+    first, second = (read_checked(folder / "last.pt")[0] for folder in (a, b))
+    found = list(_different(first, second, "last.pt"))
+    if _rows(a) != _rows(b):
+        found.append("metrics.csv")
+    return found
+
+
+def _different(a: object, b: object, name: str) -> Iterator[str]:
+    if isinstance(a, Mapping) and isinstance(b, Mapping) and a.keys() == b.keys():
+        for key in a:
+            yield from _different(a[key], b[key], f"{name}.{key}")
+    elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        for number, (one, other) in enumerate(zip(a, b, strict=True)):
+            yield from _different(one, other, f"{name}.{number}")
+    elif not (torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b):
+        yield name
+
+
+def _rows(folder: Path) -> list[dict[str, str]]:
+    """``metrics.csv`` but for the seconds."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+def _is_one_message(text: str) -> bool:
+    return text.count("error:") == 1 and "Traceback" not in text
+
+
+def _load_as_weights(folder: Path) -> None:
+    load_weights(nn.Linear(2, 2), folder / "last.pt")
+
+
+def _load_as_checkpoint(folder: Path) -> None:
+    Checkpoints(folder, {}, ALONE, nn.Linear(2, 2), Progress(ALONE.device)).resume("auto")
+
+
+def _is_refused(load: Callable[[Path], None], folder: Path) -> bool:
+    try:
+        load(folder)
+    except UserError:
+        return True
+    return False
+
+
+# What follows runs in the processes of a run, before its script.
+
+
+def _is_rank(rank: int) -> bool:
+    return int(os.environ.get("RANK", "0")) == rank
+
+
+def _on_step(do: Callable[[int], None]) -> None:
+    """Call ``do`` with the number of the optimiser's step, from 1, after each."""
+    numbers = itertools.count(1)
+    register_optimizer_step_post_hook(lambda *_: do(next(numbers)))
+
+
+def _sigterm_at_step(at: int, rank: int) -> Callable[[], None]:
+    def send(step: int) -> None:
+        if step == at and _is_rank(rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return lambda: _on_step(send)
+
+
+def _after_save(do: Callable[[int], None]) -> None:
+    """Call ``do`` with the epoch after every save of the first process."""
+    original = Checkpoints.save
+
+    def save(self: Checkpoints, epoch: int, acc1: float) -> None:
+        original(self, epoch, acc1)
+        if _is_rank(0):
+            do(epoch)
+
+    Checkpoints.save = save
+
+
+def _kill_after_epoch(at: int) -> Callable[[], None]:
+    return lambda: _after_save(lambda epoch: os.kill(os.getpid(), signal.SIGKILL) if epoch == at else None)
+
+
+def _no_room_after_epoch_1() -> None:
+    _after_save(lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY)))
+
+
+def _poison(what: str, at: int, rank: int, steps: Path) -> Callable[[], None]:
+    """Make the loss, the gradient or the input of training step ``at`` not finite, and write down the steps taken."""
+
+    numbers = itertools.count(1)
+
+    def now() -> bool:
+        return next(numbers) == at and _is_rank(rank)
+
+    def prelude() -> None:
+        if _is_rank(0):
+            steps.write_text("0")
+            _on_step(lambda step: steps.write_text(str(step)) and None)
+        if what == "loss":
+            original = utils.losses.mse_of_mean
+            utils.losses.mse_of_mean = lambda *given: (
+                original(*given) * (math.nan if torch.is_grad_enabled() and now() else 1.0)
+            )
+        elif what == "gradient":
+            scale = torch.amp.GradScaler.scale
+            torch.amp.GradScaler.scale = lambda self, loss: scale(self, loss) * (math.nan if now() else 1.0)
+        else:
+
+            def spoil(module: nn.Module, inputs: tuple) -> tuple | None:
+                if not isinstance(module, VGG8) or not module.training or not now():
+                    return None
+                frames = inputs[0].clone()
+                frames[0, 0, 0, 0, 0] = math.nan
+                return (frames, *inputs[1:])
+
+            torch.nn.modules.module.register_module_forward_pre_hook(spoil)
+
+    return prelude
+
+
+def _count_potential() -> tuple[int, int]:
+    """Neuron layers with a potential at the start of a batch, and how many were looked at."""
+    torch.manual_seed(0)
+    net = VGG8(T=4, num_classes=3, width=0.125, AZO=True, RCR=4, RTR=2)
+    neurons = [module for module in net.modules() if hasattr(module, "v")]
+    frames = torch.poisson(torch.full((12, 4, 2, 32, 32), 0.5))
+    batches = list(zip(frames.split(4), torch.randint(3, (12,)).split(4), strict=True))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    device, found, failing = torch.device("cpu"), [], [False]
+
+    def look(*_: object) -> None:
+        found.extend(isinstance(neuron.v, Tensor) and bool(neuron.v.any()) for neuron in neurons)
+
+    def fail(*_: object) -> None:
+        if failing[0]:
+            raise InterruptedError
+
+    def train(batches: Iterable) -> None:
+        train_one_epoch(net, batches, mse_of_mean, optimizer, scaler, device)
+
+    def with_evaluation() -> Iterator:
+        for batch in batches:
+            evaluate(net, batches, mse_of_mean, device)
+            net.train()
+            yield batch
+
+    def that_fail() -> Iterator:
+        yield batches[0]
+        failing[0] = True
+        yield batches[1]
+
+    net.register_forward_pre_hook(look)
+    net.block4.register_forward_pre_hook(fail)  # the neurons before it have their potential then
+    net(batches[0][0].transpose(0, 1))
+    net(batches[0][0].transpose(0, 1))
+    if not any(found):
+        raise RuntimeError("two batches without a reset leave no potential: this row measures nothing")
+    found.clear()
+    for run in (train, lambda some: evaluate(net, some, mse_of_mean, device)):
+        run(batches)
+        with suppress(InterruptedError):
+            run(that_fail())
+        failing[0] = False
+        run(batches)
+    train(with_evaluation())
+    return sum(found), len(found)
+
+
+def make_parser() -> SentenceParser:
+    """The parser of this tool."""
+    parser = SentenceParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="smaller counts: two minutes")
+    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--output-dir", type=Path, default=Path("output/reliability"), metavar="DIR",
+                        help="for the table and the figures (default: output/reliability)")  # fmt: skip
+    return parser
+
+
+def main() -> None:
+    """Measure the rows and write the table."""
+    args = make_parser().parse_args()
+    check_output(args.output_dir)
+    began, found = time.monotonic(), []
+    with tempfile.TemporaryDirectory(prefix="reliability_") as scratch:
+        for name in args.only or ROWS:
+            row, start_of_row = ROWS[name], time.monotonic()
+            work = Path(scratch) / name
+            work.mkdir()
+            try:
+                figure, good = row.measure(work, Path(scratch) / "data", args.quick)
+            finally:
+                end_all()
+            shutil.rmtree(work)
+            seconds = time.monotonic() - start_of_row
+            found.append({"row": name, "what": row.what, "target": row.target, "found": figure, "good": good})
+            print(f"{name}: {figure}{'' if good else '  MISSED'}  ({seconds:.0f} s)", file=sys.stderr, flush=True)
+    made = [f"{name} {version}" for name, version in versions().items()]
+    minutes = (time.monotonic() - began) / 60
+    about = f"{platform.machine()}, {os.cpu_count()} cores, {', '.join(made)}; {minutes:.1f} minutes"
+    lines = ["| what | target | found |", "|---|---|---|"]
+    lines += [
+        f"| {one['what']} | {one['target']} | {one['found']}{'' if one['good'] else ' **missed**'} |" for one in found
+    ]
+    table = "\n".join([*lines, "", f"{about}."])
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "reliability.md").write_text(table + "\n", encoding="utf-8")
+    content = {"machine": about, "quick": args.quick, "rows": found}
+    (args.output_dir / "reliability.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(table)
+    sys.exit(0 if all(one["good"] for one in found) else 1)
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)
