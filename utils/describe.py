@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import einops
@@ -15,7 +17,7 @@ from utils.datasets import EventData
 from utils.distributed import Process
 from utils.images import ImageData
 
-__all__ = ["describe_event_run", "describe_image_run", "versions"]
+__all__ = ["describe_event_run", "describe_image_run", "machine", "versions"]
 
 
 def versions() -> dict[str, str]:
@@ -30,6 +32,17 @@ def versions() -> dict[str, str]:
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
+
+
+def machine(device: torch.device) -> str:
+    """The machine that a time was measured on: the GPU, or the processor with its cores and torch's threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
+    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
 
 
 def describe_event_run(args: Any, data: EventData, net: nn.Module, backend: str, process: Process) -> dict[str, str]:
