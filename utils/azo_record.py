@@ -19,7 +19,7 @@ from utils.files import partial_of
 __all__ = ["AZORecord", "read_azo_record"]
 
 FOLDER = "azo"
-_BATCHES = "batches"
+_BATCHES, _KERNELS = "batches", "kernels"
 
 
 class AZORecord:
@@ -35,12 +35,14 @@ class AZORecord:
     def __init__(self, net: nn.Module):
         self._counts: dict[str, Tensor] = {}  # of every SMA, by name: [S, T, C]
         self._batches: dict[str, int] = {}
+        self._kernels: list[int] = []
         for name, module in net.named_modules():
             if isinstance(module, SMA) and module.AZO:
                 device = next(module.parameters()).device
                 shape = (len(module.S_Convs), module.time, module.channel)
                 self._counts[name] = torch.zeros(shape, dtype=torch.int32, device=device)
                 self._batches[name] = 0
+                self._kernels = [branch.conv.kernel_size[0] for branch in module.S_Convs]  # the same in all SMA
                 module.observer = self._observer(name)
 
     def __bool__(self) -> bool:
@@ -77,19 +79,19 @@ class AZORecord:
         path.parent.mkdir(exist_ok=True)
         counts = {name: count.cpu().numpy() for name, count in self._counts.items()}
         with partial_of(path).open("wb") as file:
-            np.savez_compressed(file, **counts, **{_BATCHES: max(self._batches.values())})
+            np.savez_compressed(file, **counts, **{_BATCHES: max(self._batches.values()), _KERNELS: self._kernels})
         os.replace(partial_of(path), path)
         for name, count in self._counts.items():
             count.zero_()
             self._batches[name] = 0
 
 
-def read_azo_record(run: Path) -> tuple[list[int], dict[str, np.ndarray]]:
+def read_azo_record(run: Path) -> tuple[list[int], list[int], dict[str, np.ndarray]]:
     """Read what AZO replaced in the training of a run.
 
     Returns:
-        The epochs, and for every SMA, by name, the share of the batches in which AZO replaced a (step, channel):
-        ``[epochs, S, T, C]``, 0 to 1.
+        The epochs, the kernel sizes of the scales, and for every SMA, by name, the share of the batches in which AZO
+        replaced a (step, channel): ``[epochs, S, T, C]``, 0 to 1.
 
     Raises:
         UserError: the run has no record, or a file of it is damaged.
@@ -104,11 +106,11 @@ def read_azo_record(run: Path) -> tuple[list[int], dict[str, np.ndarray]]:
     for path in paths:
         try:
             with np.load(path) as file:
-                batches = max(1, int(file[_BATCHES]))
+                batches, kernels = max(1, int(file[_BATCHES])), file[_KERNELS].tolist()
                 for name in file.files:
-                    if name != _BATCHES:
+                    if name not in (_BATCHES, _KERNELS):
                         shares.setdefault(name, []).append(file[name] / batches)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"file {path} cannot be read ({error}); delete it to leave its epoch out") from error
     epochs = [int(path.stem.removeprefix("epoch_")) for path in paths]
-    return epochs, {name: np.stack(values) for name, values in shares.items()}
+    return epochs, kernels, {name: np.stack(values) for name, values in shares.items()}

@@ -120,12 +120,14 @@ class RunLog:
             return [row for row in csv.reader(file) if len(row) == len(COLUMNS)][1:]
 
 
-def progress_bar(items: Iterable, what: str, process: Process | None = None, unit: str = "batch") -> Iterable:
+def progress_bar(
+    items: Iterable, what: str, process: Process | None = None, unit: str = "batch", total: int | None = None
+) -> Iterable:
     """The items under a progress bar (rate and time left), of several processes on the first one."""
     # Without a terminal a bar every 30 s keeps a log file short.
     interval = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm(
-        items, desc=what, unit=unit, leave=False, mininterval=interval, delay=interval,
+        items, desc=what, unit=unit, total=total, leave=False, mininterval=interval, delay=interval,
         disable=process is not None and not process.is_first, dynamic_ncols=True,
     )  # fmt: skip
 
