@@ -58,14 +58,17 @@ def save(figure: Figure, path: Path) -> None:
 
 def _figure(height: float, width: float = WIDTH) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.04)  # inches
     FigureCanvasAgg(figure)  # draws without a window, whatever backend is set
     return figure
 
 
-def _colour_bar(figure: Figure, axes: Sequence[Axes], largest: float, label: str) -> Normalize:
+def _colour_bar(figure: Figure, axes: Sequence[Axes], largest: float, label: str, alpha: float = 1.0) -> Normalize:
     """The one colour scale of a figure, from 0 to ``largest``."""
     scale = Normalize(0, largest or 1.0)
-    bar = figure.colorbar(ScalarMappable(scale, MAP), ax=list(axes), label=label, fraction=0.04, pad=0.015, aspect=30)
+    bar = figure.colorbar(
+        ScalarMappable(scale, MAP), ax=list(axes), label=label, fraction=0.04, pad=0.015, aspect=30, alpha=alpha
+    )
     bar.outline.set_linewidth(0.6)
     return scale
 
@@ -83,7 +86,7 @@ def draw_frames(x: np.ndarray, title: str, full: float = 1.0) -> Figure:
         columns = min(8, len(pictures))
         rows = -(-len(pictures) // columns)
         side = WIDTH / columns
-        figure = _figure(rows * (side * x.shape[2] / x.shape[3] + 0.22) + 0.42)
+        figure = _figure(rows * ((side - 0.12) * x.shape[2] / x.shape[3] + 0.24) + 0.3)
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for t, ax in enumerate(axes):
             _only_picture(ax)
@@ -103,27 +106,30 @@ def draw_spikes(frames: np.ndarray, rates: Mapping[str, np.ndarray], title: str,
         rates: name of a layer to the share of its channels that spike, ``[T, h, w]``, spread over the input.
         shade: lay the map over the input; False shows the map alone.
     """
+    alpha = 0.75 if shade else 1.0
     steps = np.unique(np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int))
     extent = (0, frames.shape[2], frames.shape[1], 0)
     with style():
-        side = (WIDTH - 1.5) / len(steps)
-        side = min(side, 1.1)
+        side = min((WIDTH - 1.6) / len(steps), 5.2 / (len(rates) + 1), 1.1)
         height = side * frames.shape[1] / frames.shape[2]
         figure = _figure((len(rates) + 1) * (height + 0.06) + 0.6, width=len(steps) * (side + 0.04) + 1.6)
         axes = figure.subplots(len(rates) + 1, len(steps), squeeze=False)
         scale = _colour_bar(
             figure, axes.ravel(), max(float(rate[steps].max()) for rate in rates.values()),
-            "channels that spike, share",
+            "channels that spike, share", alpha,
         )  # fmt: skip
         for row, (name, values) in enumerate([("input", None), *rates.items()]):
             for ax, t in zip(axes[row], steps, strict=True):
                 _only_picture(ax)
                 if values is None or shade:
-                    ax.imshow(frames[t], cmap="gray_r", vmin=0, vmax=1.6, extent=extent, interpolation="nearest")
+                    darkest = (
+                        1.2 if values is None else 3.0
+                    )  # faint under a map, whose colours must stay those of the bar
+                    ax.imshow(frames[t], cmap="gray_r", vmin=0, vmax=darkest, extent=extent, interpolation="nearest")
                 if values is not None:
                     ax.imshow(
                         values[t], cmap=MAP, norm=scale, extent=extent, interpolation="nearest",
-                        alpha=0.75 if shade else 1.0,
+                        alpha=alpha,
                     )  # fmt: skip
             axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center")
         for ax, t in zip(axes[0], steps, strict=True):
@@ -145,7 +151,7 @@ def draw_attention(
     """
     scales, steps, channels = channel.shape
     with style():
-        figure = _figure(4.4)
+        figure = _figure(4.6)
         above, below = figure.subfigures(2, 1, height_ratios=(1.0, 1.25))
         ax = above.subplots()
         x = np.arange(1, steps + 1)
@@ -156,7 +162,10 @@ def draw_attention(
         ax.axhline(1 / scales, color="#777777", linewidth=0.6)
         ax.set(xlabel="time step", ylabel="time weight $w_T$, share")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        ax.legend(title="scale; band: std of samples", title_fontsize=7, ncols=scales, frameon=False)
+        above.legend(
+            loc="outside upper center", ncols=scales, frameon=False,
+            title="scale; band: standard deviation over the samples", title_fontsize=7,
+        )  # fmt: skip
         axes = below.subplots(1, scales, sharey=True, squeeze=False)[0]
         scale = _colour_bar(below, axes, float(channel.max()), "channel weight $w_C$, share")
         for ax, values, kernel in zip(axes, channel, kernels, strict=True):
