@@ -59,7 +59,10 @@ class AZORecord:
 
     def state_dict(self) -> dict[str, Any]:
         """The counts of the epoch so far, for a checkpoint."""
-        return {"counts": {name: count.cpu() for name, count in self._counts.items()}, "batches": {**self._batches}}
+        return {
+            "counts": {name: count.cpu().clone() for name, count in self._counts.items()},
+            "batches": {**self._batches},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""

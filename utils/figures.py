@@ -110,7 +110,7 @@ def draw_spikes(frames: np.ndarray, rates: Mapping[str, np.ndarray], title: str,
     steps = np.unique(np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int))
     extent = (0, frames.shape[2], frames.shape[1], 0)
     with style():
-        side = min((WIDTH - 1.6) / len(steps), 5.2 / (len(rates) + 1), 1.1)
+        side = min((WIDTH - 1.6) / len(steps) - 0.04, 5.2 / (len(rates) + 1), 1.1)
         height = side * frames.shape[1] / frames.shape[2]
         figure = _figure((len(rates) + 1) * (height + 0.06) + 0.6, width=len(steps) * (side + 0.04) + 1.6)
         axes = figure.subplots(len(rates) + 1, len(steps), squeeze=False)
