@@ -129,7 +129,7 @@ def to_markdown(report: dict[str, Any]) -> str:
     parts = [["part", "MAC, M", "AC, M", "energy, uJ", "share"]]
     for name, part in report["parts"].items():
         if part["energy_uj"]:
-            parts.append([name, *_millions(part), f"{part['energy_uj']:.2f}", f"{100 * part['share']:.1f} %"])
+            parts.append([name, *_millions(part), f"{part['energy_uj']:.2f}", f"{100 * part['share']:.2f} %"])
     parts.append(["all", *_millions(total), f"{total['energy_uj']:.2f}", "100 %"])
 
     head = ["layer", "kind", "input", "input rate", "MAC, M", "AC, M", "synaptic operations, M", "energy, uJ"]
@@ -152,10 +152,10 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 
 def _explanation(report: dict[str, Any]) -> str:
-    gating = report["parts"]["SMA gating"]["share"] + report["parts"]["SMA branches"]["share"]
+    sma_share = report["parts"]["SMA gating"]["share"] + report["parts"]["SMA branches"]["share"]
     sma = (
-        f"SMA takes {100 * gating:.1f} % of the energy. Its branches read a real-valued map (the convolution before "
-        "them), so they are multiply-accumulates. " if gating else ""
+        f"SMA takes {100 * sma_share:.1f} % of the energy. Its branches read a real-valued map (the convolution before "
+        "them), so they are multiply-accumulates. " if sma_share else ""
     )  # fmt: skip
     if report["count"] == "usual":
         ac = "AC = rate of the input x connections (padding included), the field's usual estimate"

@@ -143,7 +143,7 @@ def show_spikes(args: argparse.Namespace) -> None:
         inputs, _ = inspected.prepare(sample[None].to(process.device), torch.tensor([label]))
         maps = spike_maps(inspected.net, inputs, args.layers)
         T = len(next(iter(maps.values())))
-        title = f"{_name_of(inspected, index)}: spikes of every layer"
+        title = f"{_name_of(inspected, index)}: spikes of the layers"
         path = output / "figures" / f"spikes_{index}.png"
         save(draw_spikes(_in_grey(sample, T), maps, title, args.over_input), path)
         print(f"{path} shows {', '.join(maps)}")
@@ -225,7 +225,8 @@ def show_azo(args: argparse.Namespace) -> None:
     epochs, kernels, shares = read_azo_record(args.run)
     for name, share in shares.items():
         path = output / "figures" / f"azo_{name}.png"
-        save(draw_azo(epochs, share, kernels, f"Attention ZoneOut at {name} in training"), path)
+        title = f"Attention ZoneOut at {name}, in training (step 1 has no step before it and stays)"
+        save(draw_azo(epochs, share, kernels, title), path)
         print(path)
 
 

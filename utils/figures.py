@@ -56,8 +56,8 @@ def save(figure: Figure, path: Path) -> None:
     os.replace(partial_of(path), path)
 
 
-def _figure(height: float, width: float = WIDTH) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
+def _figure(height: float, width: float = WIDTH, layout: str = "constrained") -> Figure:
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.04)  # inches
     FigureCanvasAgg(figure)  # draws without a window, whatever backend is set
     return figure
@@ -110,9 +110,12 @@ def draw_spikes(frames: np.ndarray, rates: Mapping[str, np.ndarray], title: str,
     steps = np.unique(np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int))
     extent = (0, frames.shape[2], frames.shape[1], 0)
     with style():
-        side = min((WIDTH - 1.6) / len(steps) - 0.04, 5.2 / (len(rates) + 1), 1.1)
+        labels = {name: _two_lines(name) for name in ["input", *rates]}
+        margins = 0.065 * max(len(line) for label in labels.values() for line in label.split("\n")) + 1.0  # inches
+        side = min((WIDTH - margins) / len(steps) - 0.06, 5.2 / (len(rates) + 1), 1.1)
         height = side * frames.shape[1] / frames.shape[2]
-        figure = _figure((len(rates) + 1) * (height + 0.06) + 0.6, width=len(steps) * (side + 0.04) + 1.6)
+        size = (len(rates) + 1) * (height + 0.08) + 0.55, len(steps) * (side + 0.06) + margins
+        figure = _figure(*size, layout="compressed")  # the pictures keep their proportions and stay close together
         axes = figure.subplots(len(rates) + 1, len(steps), squeeze=False)
         scale = _colour_bar(
             figure, axes.ravel(), max(float(rate[steps].max()) for rate in rates.values()),
@@ -131,11 +134,20 @@ def draw_spikes(frames: np.ndarray, rates: Mapping[str, np.ndarray], title: str,
                         values[t], cmap=MAP, norm=scale, extent=extent, interpolation="nearest",
                         alpha=alpha,
                     )  # fmt: skip
-            axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center")
+            axes[row, 0].set_ylabel(labels[name], rotation=0, ha="right", va="center")
         for ax, t in zip(axes[0], steps, strict=True):
             ax.set_title(f"step {t + 1}", pad=2)
         figure.suptitle(title)
     return figure
+
+
+def _two_lines(name: str, most: int = 14) -> str:
+    """The name of a module, broken at the dot nearest to its middle where it is long."""
+    dots = [position for position, letter in enumerate(name) if letter == "."]
+    if len(name) <= most or not dots:
+        return name
+    cut = min(dots, key=lambda position: abs(position - len(name) / 2)) + 1
+    return f"{name[:cut]}\n{name[cut:]}"
 
 
 def draw_attention(
