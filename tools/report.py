@@ -213,8 +213,8 @@ def main() -> None:
     args = make_parser().parse_args()
     output = args.output_dir or args.weights.parent
     with start(args.device, args.local_rank) as process:
-        inspected = load_inspected(args, process)
         check_output(output)
+        inspected = load_inspected(args, process)
         net, batches = inspected.net, progress_bar(inspected.batches, "test", process)
         with OperationCounter(net) as counter:
             evaluation = evaluate(net, batches, _no_loss, process.device, inspected.prepare)
@@ -249,4 +249,4 @@ def _no_loss(logits: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    exit_with_sentence(main)
+    exit_with_sentence(main, "nothing was written; the same command starts again")

@@ -136,8 +136,8 @@ def show_spikes(args: argparse.Namespace) -> None:
     """Spike heat maps of one sample per layer and time step, over the input."""
     output = args.output_dir or args.weights.parent
     with start(args.device, args.local_rank) as process:
-        inspected = load_inspected(args, process)
         check_output(output)
+        inspected = load_inspected(args, process)
         index = find_sample(inspected.test, args.sample)
         sample, label = inspected.test[index]
         inputs, _ = inspected.prepare(sample[None].to(process.device), torch.tensor([label]))
@@ -202,8 +202,8 @@ def show_attention(args: argparse.Namespace) -> None:
     """The time and channel weights of every SMA, per scale over T, averaged over the test set."""
     output = args.output_dir or args.weights.parent
     with start(args.device, args.local_rank) as process:
-        inspected = load_inspected(args, process)
         check_output(output)
+        inspected = load_inspected(args, process)
         modules = dict(inspected.net.named_modules())
         if not any(isinstance(module, SMA) for module in modules.values()):
             raise UserError(f"the network of {args.weights} has no SMA")
@@ -295,4 +295,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_with_sentence(main)
+    exit_with_sentence(main, "every file that is there is whole, and the same command makes the others")
