@@ -95,7 +95,7 @@ def main() -> None:
         if args.channels_last:
             to_channels_last(net)
         prepare, test_loss = normalized(args.channels_last), cross_entropy()
-        log = RunLog(args.output_dir, process, args.log_dir)
+        log = RunLog(args.output_dir, process, args.log_dir, net)
         facts = describe_image_run(args, data, net, backend, process)
         log.header(facts, deviations(args, RECIPE))
 
@@ -113,7 +113,8 @@ def main() -> None:
         mixup = Mixup(prepare, len(data.classes), args.seed, process.rank) if args.mixup else None
         trained = DistributedDataParallel(net) if process.world_size > 1 else net
         torch.manual_seed(args.seed + process.rank)  # dropout differs between the processes
-        parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "trained": net if args.ema else None}
+        parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "azo": log.azo}
+        parts |= {"trained": net if args.ema else None}
         progress = Progress(process.device)
         checkpoints = Checkpoints(
             args.output_dir, recipe_of(args), process, evaluated, progress, args.keep_every, **parts

@@ -90,7 +90,7 @@ def main() -> None:
             backend = select_backend(net, args.backend, process.device)
         if args.weights is not None:
             load_weights(net, args.weights)
-        log = RunLog(args.output_dir, process, args.log_dir)
+        log = RunLog(args.output_dir, process, args.log_dir, net)
         facts = describe_event_run(args, data, net, backend, process)
         log.header(facts, deviations(args, RECIPE, process.world_size))
 
@@ -104,7 +104,7 @@ def main() -> None:
         scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
         trained = DistributedDataParallel(net) if process.world_size > 1 else net
         torch.manual_seed(args.seed + process.rank)  # dropout differs between the processes
-        parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "azo": log.azo}
         progress = Progress(process.device)
         checkpoints = Checkpoints(args.output_dir, recipe_of(args), process, net, progress, args.keep_every, **parts)
         done = checkpoints.resume(args.resume)

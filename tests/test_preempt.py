@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, SCRIPTS, SMALL, rows
+from utils.azo_record import read_azo_record
 from utils.checkpoint import read_weights
 from utils.errors import StopRequested
 from utils.preempt import StopSignal
@@ -92,6 +93,9 @@ def test_a_run_that_is_stopped_inside_an_epoch_continues_to_the_bit(where, at, n
     assert done.returncode == 0, done.stderr
     assert same_state(folder, tmp_path)
     assert rows(tmp_path) == rows(folder)
+    _, _, shares = read_azo_record(folder)
+    _, _, continued = read_azo_record(tmp_path)
+    assert all((continued[name] == shares[name]).all() for name in shares)
 
 
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -1,13 +1,16 @@
 """README.md stays true: its commands parse, its example runs, its files exist."""
 
 import argparse
+import ast
 import contextlib
+import inspect
 import io
 import re
 import shlex
 
 from tests.conftest import ROOT, SCRIPTS
-from tools import benchmark, prepare_imagenet
+from tools import benchmark, compare, prepare_imagenet, report, visualize
+from utils import pictures
 from utils.event_args import event_parser
 from utils.image_args import image_parser
 
@@ -20,6 +23,9 @@ PARSERS = {path.name: event_parser("", RECIPE) for path in SCRIPTS.values()} | {
     "train_amp.py": image_parser("", RECIPE),
     "tools/prepare_imagenet.py": prepare_imagenet.make_parser(),
     "tools/benchmark.py": benchmark.make_parser(),
+    "tools/report.py": report.make_parser(),
+    "tools/visualize.py": visualize.make_parser(),
+    "tools/compare.py": compare.make_parser(),
 }
 
 
@@ -57,12 +63,21 @@ def test_every_flag_that_is_named_exists():
 
 
 def test_the_example_runs_and_prints_what_its_comment_says():
-    (example,) = code("python")
+    example, _ = code("python")
     expected = re.search(r"print\(y.shape\)  # (.*)", example).group(1)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(example, {})
     assert printed.getvalue().strip() == expected
+
+
+def test_the_calls_that_make_pictures_fit_the_functions():
+    _, example = code("python")
+    calls = [node for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Call)]
+    assert {call.func.id for call in calls} == {"save_as_pic", "save_every_frame_of_an_entire_DVS_dataset"}
+    for call in calls:
+        signature = inspect.signature(getattr(pictures, call.func.id))
+        signature.bind(*call.args, **{keyword.arg: keyword.value for keyword in call.keywords})
 
 
 def test_files_and_links_inside_the_repository_exist():

@@ -83,8 +83,15 @@ def user_input() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def exit_with_sentence(main: Callable[[], None]) -> None:
-    """Run ``main``; turn a UserError into its sentence on stderr and exit code 2, ctrl-C into 130."""
+_CONTINUES = "every finished epoch is saved, and the same command continues after it"
+
+
+def exit_with_sentence(main: Callable[[], None], interrupted: str = _CONTINUES) -> None:
+    """Run ``main``; turn a UserError into its sentence on stderr and exit code 2, ctrl-C into 130.
+
+    Args:
+        interrupted: what ctrl-C leaves, and what to do then.
+    """
     program = os.path.basename(sys.argv[0])
     try:
         main()
@@ -117,11 +124,7 @@ def exit_with_sentence(main: Callable[[], None]) -> None:
         sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print(
-                f"\n{program}: interrupted; every finished epoch is saved, and the same command continues after it",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"\n{program}: interrupted; {interrupted}", file=sys.stderr, flush=True)
         sys.exit(EXIT_INTERRUPTED)
 
 

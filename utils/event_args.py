@@ -46,7 +46,7 @@ _EVALUATION_FIELDS = (
 )  # fmt: skip
 
 # What a weights file of this project tells of the input that it was trained on. T shows in the weights of SMA only.
-_INPUT_FIELDS = ("timesteps", "sensor_size", "frame_size", "split", "split_seed", "demo")
+INPUT_FIELDS = ("timesteps", "sensor_size", "frame_size", "split", "split_seed", "demo")
 
 _PUBLISHED_PROCESSES = 4  # of all three runs; the batch size is per process
 
@@ -68,7 +68,7 @@ def parse_event_args(
     given = vars(event_parser(description, recipe).parse_args(argv))
     if "sma_blocks" in given:
         given["sma_blocks"] = sorted(set(given["sma_blocks"]))
-    told = told_by_weights(given, describe_vgg8, _INPUT_FIELDS, {})
+    told = told_by_weights(given, describe_vgg8, INPUT_FIELDS, {})
     demo = demo if given.get("demo", told.get("demo")) else {}
     args = argparse.Namespace(**{**_COMMON, **recipe, **demo, **told, **given})
     if args.num_workers is None and args.keep_frames:

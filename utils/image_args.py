@@ -52,7 +52,7 @@ _RECIPE_FIELDS = (
 _EVALUATION_FIELDS = ("demo", "timesteps", "width", "sma_blocks", "test_crop", "decoder")
 
 # What a weights file of this project tells of the input that it was trained on. T shows in the weights of SMA only.
-_INPUT_FIELDS = ("timesteps", "image_size", "test_crop", "demo")
+INPUT_FIELDS = ("timesteps", "image_size", "test_crop", "demo")
 
 _FLAGS = {"net": "-net"}
 
@@ -71,7 +71,7 @@ def parse_image_args(
         UserError: arguments contradict each other or the weights file.
     """
     given = vars(image_parser(description, recipe).parse_args(argv))
-    told = told_by_weights(given, describe_ms_resnet, _INPUT_FIELDS, _FLAGS)
+    told = told_by_weights(given, describe_ms_resnet, INPUT_FIELDS, _FLAGS)
     if "image_size" in given:
         told.pop("test_crop", None)
     demo = demo if given.get("demo", told.get("demo")) else {}

@@ -11,14 +11,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from tqdm import tqdm
 
 from utils.args import plain, words
+from utils.azo_record import AZORecord
 from utils.distributed import Process
 from utils.errors import UserError
 from utils.versions import versions
 
-__all__ = ["RunLog", "check_output", "write_evaluation"]
+__all__ = ["RunLog", "check_output", "progress_bar", "write_evaluation"]
 
 COLUMNS = ("epoch", "train_loss", "train_acc1", "test_loss", "test_acc1", "lr", "seconds")
 
@@ -30,10 +32,15 @@ class RunLog:
         directory: the output directory.
         process: this process.
         log_dir: of the TensorBoard events.
+        net: the network itself, not its wrapper: what its AZO replaces is recorded.
+
+    Attributes:
+        azo: that record, a part of the checkpoint; None where there is no AZO, and on other processes.
     """
 
-    def __init__(self, directory: Path, process: Process, log_dir: Path):
+    def __init__(self, directory: Path, process: Process, log_dir: Path, net: nn.Module):
         self.directory, self.process, self.log_dir = directory, process, log_dir
+        self.azo = (AZORecord(net) or None) if process.is_first else None
         self._tensorboard = None
         self._began = time.monotonic()
 
@@ -61,18 +68,15 @@ class RunLog:
         with beside.open("w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
         os.replace(beside, metrics)
+        if self.azo is not None:
+            self.azo.start(self.directory, epochs_done)
         described = {"args": {k: plain(v) for k, v in args.items()}, **facts, "versions": versions(), "argv": sys.argv}
         (self.directory / "args.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(self.log_dir), purge_step=epochs_done + 1)
 
     def progress(self, batches: Iterable, what: str) -> Iterable:
         """The batches under a progress bar (rate and time left) on the first process."""
-        # Without a terminal a bar every 30 s keeps a log file short.
-        interval = 0.2 if sys.stderr.isatty() else 30.0
-        return tqdm(
-            batches, desc=what, unit="batch", leave=False, mininterval=interval, delay=interval,
-            disable=not self.process.is_first, dynamic_ncols=True,
-        )  # fmt: skip
+        return progress_bar(batches, what, self.process)
 
     def epoch(
         self, epoch: int, epochs: int, train: dict[str, float], test: dict[str, float], lr: float, seconds: float
@@ -85,6 +89,8 @@ class RunLog:
             csv.writer(file).writerow([epoch, *(f"{value:.10g}" for value in values)])
         for name, value in zip(COLUMNS[1:], values, strict=True):
             self._tensorboard.add_scalar(name, value, epoch)
+        if self.azo is not None:
+            self.azo.write(self.directory, epoch)
         if "acc5" in test:
             self._tensorboard.add_scalar("test_acc5", test["acc5"], epoch)
         self._tensorboard.flush()
@@ -113,6 +119,18 @@ class RunLog:
             return []
         with path.open(newline="") as file:
             return [row for row in csv.reader(file) if len(row) == len(COLUMNS)][1:]
+
+
+def progress_bar(
+    items: Iterable, what: str, process: Process | None = None, unit: str = "batch", total: int | None = None
+) -> Iterable:
+    """The items under a progress bar (rate and time left), of several processes on the first one."""
+    # Without a terminal a bar every 30 s keeps a log file short.
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        items, desc=what, unit=unit, total=total, leave=False, mininterval=interval, delay=interval,
+        disable=process is not None and not process.is_first, dynamic_ncols=True,
+    )  # fmt: skip
 
 
 def check_output(directory: Path) -> None:

@@ -1,0 +1,88 @@
+"""Runs side by side: statistics against numbers worked out by hand, and what must not be compared."""
+
+import csv
+import json
+import math
+
+import pytest
+
+from tests.test_operations import run_tool
+from tools import compare
+
+
+def write_run(path, seed, accuracies, count=200, epochs=None, data="DVS128 Gesture", **settings):
+    """The files of a finished run."""
+    path.mkdir(parents=True)
+    lines = ["epoch,train_loss,train_acc1,test_loss,test_acc1,lr,seconds"]
+    lines += [f"{n},1,50,1,{accuracy},0.1,2" for n, accuracy in enumerate(accuracies, 1)]
+    (path / "metrics.csv").write_text("\n".join(lines) + "\n")
+    args = {"seed": seed, "epochs": epochs or len(accuracies), "AZO": True, "output_dir": str(path), **settings}
+    (path / "args.json").write_text(json.dumps({"args": args, "data": data, "split": "own"}))
+    (path / "evaluation.json").write_text(json.dumps({"acc1": accuracies[-1], "count": count}))
+    return path
+
+
+@pytest.fixture
+def five(tmp_path):
+    """Three seeds with AZO and two without."""
+    runs = [write_run(tmp_path / f"azo{n}", n, [50, 92, final]) for n, final in enumerate((88, 90, 92))]
+    return runs + [write_run(tmp_path / f"no{n}", n, [10, 80, final], AZO=False) for n, final in enumerate((70, 74))]
+
+
+def test_mean_standard_deviation_and_n_over_seeds(five):
+    with_azo, without = compare.group_runs([compare.read_run(path) for path in five])
+    assert (with_azo.name, without.name) == ("AZO on", "AZO off")
+    assert (len(with_azo.runs), with_azo.mean("final"), with_azo.std("final")) == (3, 90, 2)
+    assert (without.mean("final"), without.std("final")) == (72, pytest.approx(math.sqrt(8)))
+    assert (with_azo.mean("best"), [run.best_epoch for run in with_azo.runs]) == (92, [2, 2, 2])
+
+
+def test_a_difference_is_held_against_both_errors(five):
+    final, best = compare.differences(compare.group_runs([compare.read_run(path) for path in five]))
+    assert (final["epoch"], final["difference"]) == ("final", -18)
+    # sqrt(0.9 * 0.1 / 200 + 0.72 * 0.28 / 200), in points
+    assert final["sampling_error"] == pytest.approx(3.8183766)
+    assert final["seed_error"] == pytest.approx(math.sqrt(4 / 3 + 8 / 2))
+    assert final["above_sampling_error"] and final["above_seed_error"]
+    assert best["seed_error"] == 0 and best["above_sampling_error"]
+
+
+def test_a_small_difference_of_one_seed_each_says_nothing(tmp_path, monkeypatch, capsys):
+    runs = [write_run(tmp_path / "a", 1, [90]), write_run(tmp_path / "b", 1, [93], AZO=False)]
+    code, out, err = run_tool(monkeypatch, capsys, compare.main, *runs, "--csv")
+    assert code == 0, err
+    assert "| AZO on | AZO off | final | +3.00 | 2.78 | no |  | one seed |" in out
+    assert "A group of one seed has no standard deviation" in out and "selected on the test set" in out
+    assert (tmp_path / "compare.md").read_text() in out
+    with (tmp_path / "compare.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["group"], first["n"], first["final_mean"], first["final_std"]) == ("AZO on", "1", "90", "")
+    assert second["runs"] == str(runs[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": "CIFAR10-DVS"}, "differ in data (CIFAR10-DVS / DVS128 Gesture)"),
+        ({"count": 100}, "differ in test samples (100 / 200)"),
+        ({"seed": 1, "accuracies": [80]}, "same settings and seed 1"),
+        ({"epochs": 9}, "is not finished: 1 of 9 epochs"),
+    ],
+)
+def test_what_must_not_be_compared_is_refused(change, words, tmp_path, monkeypatch, capsys):
+    runs = [write_run(tmp_path / "a", 1, [90])]
+    runs.append(write_run(tmp_path / "b", **{"seed": 2, "accuracies": [80], **change}))
+    code, _, err = run_tool(monkeypatch, capsys, compare.main, *runs)
+    assert code == 2 and words in err and not (tmp_path / "compare.md").exists()
+
+
+def test_unlike_runs_are_compared_only_with_a_warning_in_the_table(tmp_path, monkeypatch, capsys):
+    runs = [write_run(tmp_path / "a", 1, [90]), write_run(tmp_path / "b", 2, [80], count=100)]
+    code, out, _ = run_tool(monkeypatch, capsys, compare.main, *runs, "--unlike", "--output-dir", tmp_path / "new")
+    assert code == 0 and out.startswith("**Not the same test samples (100 / 200)")
+    assert (tmp_path / "new/compare.md").exists()
+
+
+def test_a_folder_that_is_no_run_is_a_sentence(tmp_path, monkeypatch, capsys):
+    code, _, err = run_tool(monkeypatch, capsys, compare.main, tmp_path / "nothing")
+    assert code == 2 and "give the --output-dir of a run" in err

@@ -1,0 +1,255 @@
+"""Figures for papers: frames, spikes, attention weights, what AZO replaced, learning curves.
+
+Every function returns a matplotlib figure that knows no window; :func:`save` writes it. A figure is as wide as a page
+of two columns (7 inches) at most, its text has 7 points or more at that width, its colours are safe for the
+colour-blind, and it has one colour scale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from utils.errors import UserError
+from utils.files import partial_of
+from utils.pictures import colours
+
+__all__ = ["draw_attention", "draw_azo", "draw_curves", "draw_frames", "draw_spikes", "save", "style"]
+
+WIDTH = 7.0  # inches
+DPI = 200
+# Okabe & Ito, "Color Universal Design" (2008).
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":")
+MAP = "viridis"
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """The settings of all figures, inside the block only."""
+    settings = {
+        "font.family": "DejaVu Sans", "font.size": 8.0, "axes.titlesize": 8.0, "axes.labelsize": 8.0,
+        "xtick.labelsize": 7.0, "ytick.labelsize": 7.0, "legend.fontsize": 7.0, "figure.titlesize": 9.0,
+        "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5,
+        "ytick.major.size": 2.5, "lines.linewidth": 1.3,
+    }  # fmt: skip
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with style():
+        figure.savefig(partial_of(path), format="png", dpi=DPI)
+    os.replace(partial_of(path), path)
+
+
+def _figure(height: float, width: float = WIDTH, layout: str = "constrained") -> Figure:
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.04)  # inches
+    FigureCanvasAgg(figure)  # draws without a window, whatever backend is set
+    return figure
+
+
+def _colour_bar(figure: Figure, axes: Sequence[Axes], largest: float, label: str, alpha: float = 1.0) -> Normalize:
+    """The one colour scale of a figure, from 0 to ``largest``."""
+    scale = Normalize(0, largest or 1.0)
+    bar = figure.colorbar(
+        ScalarMappable(scale, MAP), ax=list(axes), label=label, fraction=0.04, pad=0.015, aspect=30, alpha=alpha
+    )
+    bar.outline.set_linewidth(0.6)
+    return scale
+
+
+def _only_picture(ax: Axes) -> None:
+    ax.set(xticks=[], yticks=[])
+    for side in ax.spines.values():
+        side.set_visible(False)
+
+
+def draw_frames(x: np.ndarray, title: str, full: float = 1.0) -> Figure:
+    """A strip of the frames ``[T, 2, H, W]`` of one sample, at most eight in a row."""
+    with style():
+        pictures = colours(x, full=full)
+        columns = min(8, len(pictures))
+        rows = -(-len(pictures) // columns)
+        side = WIDTH / columns
+        figure = _figure(rows * ((side - 0.12) * x.shape[2] / x.shape[3] + 0.24) + 0.3)
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for t, ax in enumerate(axes):
+            _only_picture(ax)
+            if t < len(pictures):
+                ax.imshow(pictures[t], interpolation="nearest")
+                ax.set_title(f"step {t + 1}", pad=2)
+        height, width = x.shape[2:]
+        figure.suptitle(f"{title}: {height} x {width} pixels; green: polarity 0, blue: polarity 1")
+    return figure
+
+
+def draw_spikes(frames: np.ndarray, rates: Mapping[str, np.ndarray], title: str, shade: bool = True) -> Figure:
+    """Heat maps of spikes over the input: a row a layer, a column a time step, the input in the first row.
+
+    Args:
+        frames: input in grey, ``[T, H, W]``, 0 (background) to 1.
+        rates: name of a layer to the share of its channels that spike, ``[T, h, w]``, spread over the input.
+        shade: lay the map over the input; False shows the map alone.
+    """
+    alpha = 0.75 if shade else 1.0
+    steps = np.unique(np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int))
+    extent = (0, frames.shape[2], frames.shape[1], 0)
+    with style():
+        labels = {name: _two_lines(name) for name in ["input", *rates]}
+        margins = 0.065 * max(len(line) for label in labels.values() for line in label.split("\n")) + 1.0  # inches
+        side = min((WIDTH - margins) / len(steps) - 0.06, 5.2 / (len(rates) + 1), 1.1)
+        height = side * frames.shape[1] / frames.shape[2]
+        size = (len(rates) + 1) * (height + 0.08) + 0.55, len(steps) * (side + 0.06) + margins
+        figure = _figure(*size, layout="compressed")  # the pictures keep their proportions and stay close together
+        axes = figure.subplots(len(rates) + 1, len(steps), squeeze=False)
+        scale = _colour_bar(
+            figure, axes.ravel(), max(float(rate[steps].max()) for rate in rates.values()),
+            "channels that spike, share", alpha,
+        )  # fmt: skip
+        for row, (name, values) in enumerate([("input", None), *rates.items()]):
+            for ax, t in zip(axes[row], steps, strict=True):
+                _only_picture(ax)
+                if values is None or shade:
+                    darkest = (
+                        1.2 if values is None else 3.0
+                    )  # faint under a map, whose colours must stay those of the bar
+                    ax.imshow(frames[t], cmap="gray_r", vmin=0, vmax=darkest, extent=extent, interpolation="nearest")
+                if values is not None:
+                    ax.imshow(
+                        values[t], cmap=MAP, norm=scale, extent=extent, interpolation="nearest",
+                        alpha=alpha,
+                    )  # fmt: skip
+            axes[row, 0].set_ylabel(labels[name], rotation=0, ha="right", va="center")
+        for ax, t in zip(axes[0], steps, strict=True):
+            ax.set_title(f"step {t + 1}", pad=2)
+        figure.suptitle(title)
+    return figure
+
+
+def _two_lines(name: str, most: int = 14) -> str:
+    """The name of a module, broken at the dot nearest to its middle where it is long."""
+    dots = [position for position, letter in enumerate(name) if letter == "."]
+    if len(name) <= most or not dots:
+        return name
+    cut = min(dots, key=lambda position: abs(position - len(name) / 2)) + 1
+    return f"{name[:cut]}\n{name[cut:]}"
+
+
+def draw_attention(
+    time: np.ndarray, spread: np.ndarray, channel: np.ndarray, kernels: Sequence[int], title: str
+) -> Figure:
+    """The weights of one SMA, averaged over samples.
+
+    Args:
+        time: mean time weights ``[S, T]``.
+        spread: their standard deviation over the samples, ``[S, T]``.
+        channel: mean channel weights ``[S, T, C]``.
+        kernels: kernel size of every scale.
+    """
+    scales, steps, channels = channel.shape
+    with style():
+        figure = _figure(4.6)
+        above, below = figure.subfigures(2, 1, height_ratios=(1.0, 1.25))
+        ax = above.subplots()
+        x = np.arange(1, steps + 1)
+        for s, kernel in enumerate(kernels):
+            look = {"color": COLOURS[s % len(COLOURS)], "linestyle": LINES[s % len(LINES)]}
+            ax.plot(x, time[s], label=f"{kernel} x {kernel}", marker="o", markersize=2.5, **look)
+            ax.fill_between(x, time[s] - spread[s], time[s] + spread[s], color=look["color"], alpha=0.15, linewidth=0)
+        ax.axhline(1 / scales, color="#777777", linewidth=0.6)
+        ax.set(xlabel="time step", ylabel="time weight $w_T$, share")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        above.legend(
+            loc="outside upper center", ncols=scales, frameon=False,
+            title="scale; band: standard deviation over the samples", title_fontsize=7,
+        )  # fmt: skip
+        axes = below.subplots(1, scales, sharey=True, squeeze=False)[0]
+        scale = _colour_bar(below, axes, float(channel.max()), "channel weight $w_C$, share")
+        for ax, values, kernel in zip(axes, channel, kernels, strict=True):
+            ax.imshow(
+                values.T, cmap=MAP, norm=scale, aspect="auto", interpolation="nearest",
+                extent=(0.5, steps + 0.5, channels - 0.5, -0.5),
+            )  # fmt: skip
+            ax.set(title=f"{kernel} x {kernel}", xlabel="time step")
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes[0].set_ylabel("channel")
+        figure.suptitle(title)
+    return figure
+
+
+def draw_azo(epochs: Sequence[int], shares: np.ndarray, kernels: Sequence[int], title: str) -> Figure:
+    """Which steps and channels AZO replaced in every epoch, of one SMA: above the steps, below the channels.
+
+    Args:
+        epochs: their numbers.
+        shares: share of the batches in which a (step, channel) was replaced, ``[epochs, S, T, C]``.
+        kernels: kernel size of every scale.
+    """
+    steps, channels = shares.shape[2:]
+    of_step = shares.mean(3) * 100  # [epochs, S, T]
+    of_channel = shares.mean(2) * 100
+    with style():
+        figure = _figure(4.2)
+        axes = figure.subplots(2, len(kernels), sharex=True, sharey="row", squeeze=False)
+        scale = _colour_bar(figure, axes.ravel(), max(of_step.max(), of_channel.max()), "values replaced, %")
+        first, last = epochs[0] - 0.5, epochs[-1] + 0.5
+        for s, kernel in enumerate(kernels):
+            look = {"cmap": MAP, "norm": scale, "aspect": "auto", "interpolation": "nearest"}
+            axes[0, s].imshow(of_step[:, s].T, extent=(first, last, steps + 0.5, 0.5), **look)
+            axes[1, s].imshow(of_channel[:, s].T, extent=(first, last, channels - 0.5, -0.5), **look)
+            axes[0, s].set_title(f"{kernel} x {kernel}")
+            axes[1, s].set_xlabel("epoch")
+            axes[1, s].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=5))
+            axes[0, s].yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes[0, 0].set_ylabel("time step")
+        axes[1, 0].set_ylabel("channel")
+        figure.suptitle(title)
+    return figure
+
+
+def draw_curves(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Learning curves: accuracy and loss over the epochs, test solid, training dashed.
+
+    Args:
+        runs: name of a run to its columns (``epoch``, ``train_loss``, ``train_acc1``, ``test_loss``, ``test_acc1``).
+
+    Raises:
+        UserError: there are more runs than colours.
+    """
+    if len(runs) > len(COLOURS):
+        raise UserError(f"{len(runs)} runs are more than can be told apart; give at most {len(COLOURS)}")
+    with style():
+        figure = _figure(2.6 + 0.16 * len(runs))
+        axes = figure.subplots(1, 2)
+        for (name, columns), colour in zip(runs.items(), COLOURS, strict=False):
+            dot = {"marker": "o", "markersize": 3} if len(columns["epoch"]) == 1 else {}
+            for ax, value in zip(axes, ("acc1", "loss"), strict=True):
+                ax.plot(columns["epoch"], columns[f"train_{value}"], color=colour, linestyle="--", linewidth=0.9, **dot)
+                ax.plot(columns["epoch"], columns[f"test_{value}"], color=colour, label=name, **dot)
+        for ax, label in zip(axes, ("accuracy, %", "loss"), strict=True):
+            ax.set(xlabel="epoch", ylabel=label)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            ax.grid(linewidth=0.3, color="#CCCCCC")
+            ax.spines[["top", "right"]].set_visible(False)
+        handles, names = axes[0].get_legend_handles_labels()
+        (dashed,) = axes[0].plot([], [], color="#555555", linestyle="--", linewidth=0.9)
+        (solid,) = axes[0].plot([], [], color="#555555")
+        figure.legend(
+            [*handles, solid, dashed], [*names, "test", "training"], loc="outside lower center", ncols=3, frameon=False
+        )
+    return figure
