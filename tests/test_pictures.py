@@ -199,5 +199,5 @@ def test_no_text_is_smaller_than_7_points_at_the_width_of_a_page():
     ]
     for figure in drawn:
         figure.draw_without_rendering()
-        assert figure.get_figwidth() <= figures.WIDTH
+        assert figure.get_figwidth() <= figures.WIDTH + 1e-9
         assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 7

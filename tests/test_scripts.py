@@ -188,11 +188,11 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, sentence, script, 
 def test_a_run_of_another_recipe_is_not_written_over(script, gesture_data, tmp_path):
     command = ["dvs128", *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path, "--epochs", 1]
     assert script(*command)[0] == 0
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     code, _, err = script(*command, "--lr", "0.5", "--no-AZO")
     assert code == 2 and "AZO is True there and False here; lr is 0.0001 there and 0.5 here" in err
     assert script(*command, "--resume", "never")[0] == 2
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_full_disk_is_one_sentence(script, gesture_data, tmp_path, monkeypatch):

@@ -125,10 +125,12 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
                 raise UserError(f"runs {a.path} and {b.path} have the same settings and seed {a.seed}; leave one out")
     groups = list(together.values())
     names = sorted({name for run in runs for name in run.settings})
+    several_data = len({run.data for run in runs}) > 1
     changing = [name for name in names if len({json.dumps(g[0].settings.get(name)) for g in groups}) > 1]
 
     def name_of(run: Run) -> str:
         told = ", ".join(f"{name} {words(run.settings.get(name))}" for name in changing)
+        told = ", ".join(part for part in (run.data if several_data else "", told) if part)
         return told or (run.path.resolve().name if len(groups) > 1 else "all runs")
 
     return [Group(name_of(alike[0]), alike) for alike in groups]

@@ -172,14 +172,14 @@ def draw_attention(
             ax.plot(x, time[s], label=f"{kernel} x {kernel}", marker="o", markersize=2.5, **look)
             ax.fill_between(x, time[s] - spread[s], time[s] + spread[s], color=look["color"], alpha=0.15, linewidth=0)
         ax.axhline(1 / scales, color="#777777", linewidth=0.6)
-        ax.set(xlabel="time step", ylabel="time weight $w_T$, share")
+        ax.set(xlabel="time step", ylabel="time weight, share")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         above.legend(
             loc="outside upper center", ncols=scales, frameon=False,
             title="scale; band: standard deviation over the samples", title_fontsize=7,
         )  # fmt: skip
         axes = below.subplots(1, scales, sharey=True, squeeze=False)[0]
-        scale = _colour_bar(below, axes, float(channel.max()), "channel weight $w_C$, share")
+        scale = _colour_bar(below, axes, float(channel.max()), "channel weight, share")
         for ax, values, kernel in zip(axes, channel, kernels, strict=True):
             ax.imshow(
                 values.T, cmap=MAP, norm=scale, aspect="auto", interpolation="nearest",
