@@ -9,7 +9,7 @@ import re
 import shlex
 
 from tests.conftest import ROOT, SCRIPTS
-from tools import benchmark, compare, prepare_imagenet, report, visualize
+from tools import benchmark, compare, prepare_imagenet, reliability, report, visualize
 from utils import pictures
 from utils.event_args import event_parser
 from utils.image_args import image_parser
@@ -26,6 +26,7 @@ PARSERS = {path.name: event_parser("", RECIPE) for path in SCRIPTS.values()} | {
     "tools/report.py": report.make_parser(),
     "tools/visualize.py": visualize.make_parser(),
     "tools/compare.py": compare.make_parser(),
+    "tools/reliability.py": reliability.make_parser(),
 }
 
 
@@ -58,8 +59,16 @@ def test_every_flag_that_is_named_exists():
             if isinstance(action, argparse._SubParsersAction):
                 parsers += action.choices.values()
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    launchers = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--help"}
-    assert set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", README)) <= known | launchers
+    launchers = {
+        "--nproc_per_node",
+        "--max-restarts",
+        "--nnodes",
+        "--node_rank",
+        "--master_addr",
+        "--master_port",
+        "--help",
+    }
+    assert set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", README)) <= known | launchers | {"--help"}
 
 
 def test_the_example_runs_and_prints_what_its_comment_says():
