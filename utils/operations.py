@@ -214,13 +214,13 @@ class OperationCounter:
 
         def count_weights(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
             T, B, C = inputs[0].shape[:3]
-            self.layers[projections].macs += B * projection_macs(sma)
+            self.layers[projections].macs += B * _projection_macs(sma)
             self.layers[weighting].macs += len(sma.S_Convs) * T * B * C  # the products of the two weights
 
         self._handles.append(sma.register_forward_hook(count_weights))
 
 
-def projection_macs(sma: SMA) -> int:
+def _projection_macs(sma: SMA) -> int:
     """Multiply-accumulates of the channel and the time projections of SMA for one sample."""
     hidden_c = sma.C_before_attention_conv.weight.shape[0]
     hidden_t = sma.T_before_attention_conv.weight.shape[0]
