@@ -72,9 +72,7 @@ def run(command, before=(), **environment):
 @pytest.mark.parametrize(
     ("where", "at", "number", "position"),
     [
-        ("train", 2, signal.SIGTERM, (0, 2)),
         ("train", 5, signal.SIGINT, (0, 5)),  # the last step of the epoch: only its evaluation is missing
-        ("train", 8, signal.SIGTERM, (1, 3)),
         ("test", 2, signal.SIGTERM, (0, 5)),  # inside the evaluation
     ],
 )

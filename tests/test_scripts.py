@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -250,32 +249,6 @@ def test_two_processes_train_one_run(launcher, launch, gesture_data, tmp_path):
     assert done.stdout.count("epoch 1/1") == 1
     assert len(rows(tmp_path)) == 1
     assert json.loads((tmp_path / "evaluation.json").read_text())["count"] == 11
-
-
-def test_a_killed_run_continues_bit_exactly_by_the_same_command(launch, gesture_data, tmp_path):
-    command = [SCRIPTS["dvs128"], *SMALL, "--data-dir", gesture_data, "--epochs", 6]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert launch([*command, "--output-dir", whole]).returncode == 0
-
-    arguments = [sys.executable, *map(str, [*command, "--output-dir", killed])]
-    process = subprocess.Popen(
-        arguments,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as launch has it: the number of threads changes sums
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (killed / "last.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(rows(killed)) < 6
-    done = launch([*command, "--output-dir", killed])
-    assert done.returncode == 0, done.stderr
-    assert same_weights(killed / "last.pt", whole / "last.pt")
-    unwrapped = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(whole)]
-    assert [{k: v for k, v in row.items() if k != "seconds"} for row in rows(killed)] == unwrapped
 
 
 def test_ctrl_c_ends_with_a_sentence(gesture_data, tmp_path):

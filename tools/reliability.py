@@ -171,14 +171,20 @@ def resume(work: Path, data: Path, quick: bool) -> Found:
 
 def stop(work: Path, data: Path, quick: bool) -> Found:
     """SIGTERM at random moments of the demo training."""
-    script, first, rng, worst, count = SCRIPTS["AdamW"][0], work / "first", random.Random(2), 0.0, 2 if quick else 5
-    options = ["--data-dir", _demo_data("dvs128", data)[0], *_demo_settings(script), "--output-dir", work / "run"]
+    first, rng, worst, count = work / "first", random.Random(2), 0.0, 2 if quick else 5
+    if quick:
+        small = _small("AdamW", 1, data)
+        script, options = small.script, [*small.options, "--epochs", 999]
+    else:
+        script = SCRIPTS["AdamW"][0]
+        options = ["--data-dir", _demo_data("dvs128", data)[0], *_demo_settings(script)]
+    options += ["--output-dir", work / "run"]
     for _ in range(count):
         first.unlink(missing_ok=True)
         run = start(script, options, work, prelude=lambda: _on_step(lambda _: first.touch()))
         while not first.exists() and not run.wait(0.02):
             pass
-        run.wait(rng.uniform(0.0, 3.0))
+        run.wait(rng.uniform(0.0, 1.0 if quick else 3.0))
         began = time.monotonic()
         run.send(signal.SIGTERM)
         run.wait()
