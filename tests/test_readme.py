@@ -7,7 +7,7 @@ import re
 import shlex
 
 from tests.conftest import ROOT, SCRIPTS
-from tools import benchmark, prepare_imagenet
+from tools import benchmark, prepare_data, prepare_imagenet
 from utils.event_args import event_parser
 from utils.image_args import image_parser
 
@@ -18,6 +18,7 @@ RECIPE = {
 }  # fmt: skip
 PARSERS = {path.name: event_parser("", RECIPE) for path in SCRIPTS.values()} | {
     "train_amp.py": image_parser("", RECIPE),
+    "tools/prepare_data.py": prepare_data.make_parser(),
     "tools/prepare_imagenet.py": prepare_imagenet.make_parser(),
     "tools/benchmark.py": benchmark.make_parser(),
 }
