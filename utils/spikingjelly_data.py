@@ -8,16 +8,22 @@ import sys
 import types
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["integrate", "published_md5"]
+__all__ = ["integrate", "load_npz_frames", "published_md5"]
 
 
 def integrate(events: dict[str, np.ndarray], T: int, sensor: tuple[int, int]) -> np.ndarray:
     """SpikingJelly's frames ``[T, 2, H, W]`` of equally many events each: counts, in double precision."""
     return _function("integrate_events_by_fixed_frames_number")(events, "number", T, *sensor)
+
+
+def load_npz_frames(path: str | Path) -> np.ndarray:
+    """SpikingJelly's own reading of a file of frames: ``[T, 2, H, W]`` float32."""
+    return _function("load_npz_frames")(path)
 
 
 def published_md5(reader: str) -> dict[str, str]:
