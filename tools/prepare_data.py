@@ -11,6 +11,7 @@ where nothing is missing it changes nothing. Training does the same at its first
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ if not __package__:  # run as a file: the modules of the repository are one fold
 
 from utils.args import size, whole  # noqa: E402
 from utils.datasets import EventData, check_event_data, load_event_data  # noqa: E402
-from utils.errors import EXIT_INTERRUPTED, SentenceParser, UserError, exit_with_sentence  # noqa: E402
+from utils.errors import SentenceParser, StopRequested, UserError, exit_with_sentence  # noqa: E402
 from utils.frames import DATA_SETS, DataSet  # noqa: E402
 from utils.inspection import listing  # noqa: E402
 
@@ -66,7 +67,7 @@ def check(args: argparse.Namespace, about: DataSet) -> None:
     """Read everything that is there; raise UserError with the list of what is bad."""
     if args.sensor_size is not None:
         about = replace(about, sensor=tuple(args.sensor_size))
-    bad, counts = check_event_data(about, args.data_dir, args.timesteps, args.workers)
+    bad, counts = check_event_data(about, args.data_dir, args.timesteps, args.workers, args.any_archive)
     read = ", ".join(f"{count} {what}" for what, count in counts.items())
     if bad:
         raise UserError(f"{len(bad)} bad of {read} in --data-dir {args.data_dir}:{listing(bad)}")
@@ -106,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.seed = about.split_seed if args.seed is None else args.seed
     args.timesteps = args.timesteps or about.timesteps
     args.data_dir = args.data_dir or Path("data") / args.data_set
+    signal.signal(signal.SIGTERM, _stop)
     try:
         if args.check:
             check(args, about)
@@ -115,9 +117,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             flush=True,
         )
         prepare(args, about)
-    except KeyboardInterrupt:
-        print("\nprepare_data.py: interrupted; what is whole stays, and the same command goes on", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+    except (KeyboardInterrupt, StopRequested) as stop:
+        number = getattr(stop, "number", signal.SIGINT)
+        name = signal.Signals(number).name
+        print(
+            f"\nprepare_data.py: stopped by {name}; what is whole stays, and the same command goes on", file=sys.stderr
+        )
+        sys.exit(128 + number)
+
+
+def _stop(number: int, _: object) -> None:
+    raise StopRequested(number)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import shutil
 import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -18,9 +17,10 @@ from tqdm import tqdm
 from utils.errors import UserError
 from utils.files import partial_of, write_text
 
-__all__ = ["check_archive", "find_archives", "unpack"]
+__all__ = ["archive_fault", "find_archives", "unpack"]
 
 _CHUNK = 1 << 20
+_Member = tuple[str, int, Callable[[], IO[bytes]], int]  # name, bytes, opens it, how far in the archive
 # What a damaged archive makes zipfile, tarfile and zlib raise (RuntimeError: encryption).
 _DAMAGE = (
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError),
@@ -36,25 +36,22 @@ def find_archives(data_dir: Path, names: Sequence[str]) -> dict[str, Path]:
     return {name: path for name, path in found.items() if path is not None}
 
 
-def check_archive(path: Path, published: str, any_archive: bool, record: Path) -> None:
-    """Compare an archive with its published MD5; one that was compared before is not read again.
+def archive_fault(path: Path, published: str, any_archive: bool, record: Path | None) -> str:
+    """Compare an archive with its published MD5; what is wrong with it, empty where nothing is.
 
     Args:
         any_archive: accept another checksum, but still no web page.
-        record: remembers archives by size and time of change.
-
-    Raises:
-        UserError: the checksum is another, or the archive is a web page.
+        record: remembers archives by size and time of change, and they are not read again.
     """
     with path.open("rb") as file:
         page = file.read(512).lstrip()[:1] == b"<"
     if any_archive and not page:
-        return
+        return ""
     status = path.stat()
     line = f"{published} {status.st_size} {status.st_mtime_ns} {path.name}"
-    known = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
+    known = record.read_text(encoding="utf-8").splitlines() if record is not None and record.is_file() else []
     if line in known:
-        return
+        return ""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file, _bar(status.st_size, f"MD5 {path.name}") as bar:
         while chunk := file.read(_CHUNK):
@@ -62,11 +59,10 @@ def check_archive(path: Path, published: str, any_archive: bool, record: Path) -
             bar.update(len(chunk))
     if digest.hexdigest() != published:
         kind = " (it is a web page: open the link in a browser and download the file itself)" if page else ""
-        raise UserError(
-            f"archive {path} has the MD5 {digest.hexdigest()} and {published} is published{kind}; download it again"
-            + ("" if page else ", or let tools/prepare_data.py take other recordings by --any-archive")
-        )
-    write_text(record, "".join(f"{line}\n" for line in [*known, line]))
+        return f"has the MD5 {digest.hexdigest()} and {published} is published{kind}"
+    if record is not None:
+        write_text(record, "".join(f"{line}\n" for line in [*known, line]))
+    return ""
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -118,7 +114,7 @@ def _refuse_special(archive: Path, name: str) -> None:
     )
 
 
-def _zip_members(archive: Path) -> Iterator[tuple[str, int, object, int]]:
+def _zip_members(archive: Path) -> Iterator[_Member]:
     with zipfile.ZipFile(archive) as file:
         for member in file.infolist():
             kind = stat.S_IFMT(member.external_attr >> 16)
@@ -128,19 +124,15 @@ def _zip_members(archive: Path) -> Iterator[tuple[str, int, object, int]]:
                 yield member.filename, member.file_size, lambda m=member: file.open(m), member.header_offset
 
 
-def _tar_members(archive: Path) -> Iterator[tuple[str, int, object, int]]:
+def _tar_members(archive: Path) -> Iterator[_Member]:
     with archive.open("rb") as raw, tarfile.open(fileobj=raw, mode="r:gz") as file:
         for member in file:
             if not (member.isreg() or member.isdir()):
                 _refuse_special(archive, member.name)
             if member.isreg():
-                yield member.name, member.size, lambda m=member: _extracted(file, m), raw.tell()
+                yield member.name, member.size, lambda m=member: file.extractfile(m), raw.tell()
         while file.fileobj.read(_CHUNK):  # gzip compares its checksum at the end
             pass
-
-
-def _extracted(file: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
-    return file.extractfile(member) or contextlib.nullcontext()
 
 
 def _bar(size: int, what: str) -> tqdm:

@@ -200,9 +200,9 @@ def load_event_data(
 
 
 def check_event_data(
-    about: DataSet, data_dir: Path, T: int, workers: int | None = None
+    about: DataSet, data_dir: Path, T: int, workers: int | None = None, any_archive: bool = False
 ) -> tuple[list[BadFile], dict[str, int]]:
-    """Read every recording, event file, file of frames for T and packed store that is there; nothing is changed.
+    """Read every archive, recording, event file, file of frames and packed store that is there; nothing is changed.
 
     Returns:
         What is bad or missing, and how many files of each kind were read.
@@ -211,7 +211,7 @@ def check_event_data(
         UserError: there is nothing.
     """
     workers = workers or _cores()
-    bad, counts = check_recordings(about, data_dir, workers)
+    bad, counts = check_recordings(about, data_dir, workers, any_archive)
     folder = data_dir / frames_name(T)
     if folder.is_dir():
         files, classes, empty = _list_samples(folder, ("train", "test") if about.has_split else (".",))
@@ -232,12 +232,20 @@ def check_event_data(
 def flip_and_shift(frames: Tensor, generator: torch.Generator, flip: bool = True, most: int = 5) -> Tensor:
     """Mirror left and right with probability 0.5, then move by up to ``most`` pixels in x and y, filled with 0.
 
-    The same for all frames of a sample, ``[T, 2, H, W]``. Source: the published CIFAR10-DVS recipe.
+    The same for all frames of a sample, ``[T, 2, H, W]``, of any type. Source: the published CIFAR10-DVS recipe.
     """
     mirrored, (dx, dy) = torch.rand(1, generator=generator), torch.randint(-most, most + 1, (2,), generator=generator)
     if flip and mirrored < 0.5:
         frames = transforms.horizontal_flip(frames)
-    return transforms.affine(frames, angle=0.0, translate=[int(dx), int(dy)], scale=1.0, shear=[0.0])
+    (to_y, from_y), (to_x, from_x) = _moved(int(dy)), _moved(int(dx))
+    moved = torch.zeros_like(frames)
+    moved[..., to_y, to_x] = frames[..., from_y, from_x]
+    return moved
+
+
+def _moved(by: int) -> tuple[slice, slice]:
+    """Where pixels of an axis go to, and where they come from."""
+    return slice(max(by, 0), min(by, 0) or None), slice(max(-by, 0), min(-by, 0) or None)
 
 
 def packed_folder(T: int, sensor: tuple[int, int]) -> str:
@@ -247,7 +255,7 @@ def packed_folder(T: int, sensor: tuple[int, int]) -> str:
 
 def packed_path(data_dir: Path, T: int, sensor: tuple[int, int], split: Split, part: str) -> Path:
     """Where the packed frames of one part of a split lie."""
-    return data_dir / packed_folder(T, sensor) / f"{split.name}_{split.fingerprint}_{part}.frames"
+    return data_dir / packed_folder(T, sensor) / f"{split.file_name}_{part}.frames"
 
 
 @dataclass
@@ -303,7 +311,7 @@ def _prepare(
             raise UserError(f"{folder} has no {part} samples; check the contents of {data_dir}")
     manifest = split.manifest(about.title, {name: found.content for name, found in inspected.items()})
     if os.access(data_dir, os.W_OK):
-        write_text(data_dir / "splits" / f"{split.name}.txt", manifest)
+        write_text(data_dir / "splits" / f"{split.file_name}.txt", manifest)
     return _Prepared(split, classes, train, test, inspected, manifest, bad)
 
 
@@ -362,6 +370,8 @@ def _stores(about: DataSet, data_dir: Path, T: int, prepared: _Prepared, workers
                 print(f"{data_dir} cannot be written to: frames are read from the .npz files", flush=True)
                 return {}
             print(f"packing the {part} frames into {path} ...", flush=True)
+            for leftover in path.parent.glob(".*.partial"):  # of a killed process: this one has the lock
+                leftover.unlink()
             packed = in_threads(
                 lambda path: pack(read_frames(path, T, about.sensor)), [p for p, _ in files], workers, f"packing {part}"
             )

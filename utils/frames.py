@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.archives import check_archive, find_archives, unpack
+from utils.archives import archive_fault, find_archives, unpack
 from utils.errors import UserError
 from utils.files import partial_of
 from utils.inspection import BadFile
@@ -206,9 +206,14 @@ def make_frames(
         return _name_if(not bad or skip_bad, folder, frames_dir), bad
 
 
-def check_recordings(about: DataSet, data_dir: Path, workers: int) -> tuple[list[BadFile], dict[str, int]]:
-    """Read every recording and every event file that is there; the bad ones, and how many there are of each kind."""
+def check_recordings(
+    about: DataSet, data_dir: Path, workers: int, any_archive: bool
+) -> tuple[list[BadFile], dict[str, int]]:
+    """Read every archive, recording and event file that is there; the bad ones, and how many there are of each kind."""
     found, bad = _recordings(about, data_dir / "extract" / about.recordings)
+    archives, md5 = find_archives(data_dir, about.archives), published_md5(about.reader)
+    faults = {path: archive_fault(path, md5[name], any_archive, None) for name, path in archives.items()}
+    bad += [BadFile(path, fault) for path, fault in faults.items() if fault]
 
     def check(recording: _Recording) -> BadFile | None:
         try:
@@ -228,7 +233,7 @@ def check_recordings(about: DataSet, data_dir: Path, workers: int) -> tuple[list
     bad += filter(None, in_threads(check, found, workers, "checking recordings"))
     events = list(sample_paths(data_dir / "events_np").values())
     bad += filter(None, in_threads(check_events, events, workers, "checking events"))
-    return bad, {"recordings": len(found), "event files": len(events)}
+    return bad, {"archives": len(archives), "recordings": len(found), "event files": len(events)}
 
 
 def _class_and_sample(name: str) -> str:
@@ -285,7 +290,12 @@ def _unpack_archives(about: DataSet, data_dir: Path, T: int, any_archive: bool) 
         raise UserError(f"{data_dir / 'download'} lacks {', '.join(absent)}; download from {about.page}")
     md5 = published_md5(about.reader)
     for name, path in found.items():
-        check_archive(path, md5[name], any_archive, data_dir / ".checked_archives")
+        fault = archive_fault(path, md5[name], any_archive, data_dir / ".checked_archives")
+        if fault:
+            raise UserError(
+                f"archive {path} {fault}; download it again, or take other recordings in the same layout by "
+                "tools/prepare_data.py --any-archive"
+            )
     with _growing(data_dir / "extract") as folder:
         for path in found.values():
             print(f"unpacking {path} ...", flush=True)

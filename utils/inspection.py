@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -122,7 +123,7 @@ def inspect_frames(
             good[name] = found
         else:
             bad.append(BadFile(paths[name], found, name))
-    if record is not None and left:
+    if record is not None and left and os.access(record.parent, os.W_OK):
         _write_record(record, {name: (stamps[name], good[name]) for name in paths if name in good})
     return good, bad
 

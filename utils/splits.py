@@ -35,7 +35,7 @@ class Split:
     """Which samples, ``<class>/<sample>``, are for training and which for the test."""
 
     title: str  # the rule or the file in words
-    name: str  # of its file
+    name: str  # the rule as the beginning of a file name
     train: tuple[str, ...]
     test: tuple[str, ...]
     checksums: Mapping[str, str] = field(default_factory=dict)  # that its file demands
@@ -45,6 +45,11 @@ class Split:
         """8 digits that depend on the names and their part, and on nothing else."""
         lines = sorted([f"train,{name}" for name in self.train] + [f"test,{name}" for name in self.test])
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
+
+    @property
+    def file_name(self) -> str:
+        """Without suffix, another one for other samples."""
+        return f"{self.name}_{self.fingerprint}"
 
     @property
     def described(self) -> str:
@@ -133,8 +138,7 @@ def read_split(path: Path, names: Sequence[str]) -> Split:
     if rest is not None:
         parts[rest] += left
     train, test = (tuple(sorted(parts[part], key=_class_and_sample)) for part in _PARTS)
-    split = Split(f"file {path}", "", train, test, checksums)
-    return Split(split.title, f"file_{split.fingerprint}", train, test, checksums)
+    return Split(f"file {path}", "file", train, test, checksums)
 
 
 def _class_and_sample(name: str) -> tuple[str, str]:
