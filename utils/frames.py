@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import numpy as np
 
 from utils.archives import archive_fault, find_archives, unpack
 from utils.errors import UserError
-from utils.files import partial_of
+from utils.files import partial_of, write_text
 from utils.inspection import BadFile
 from utils.parallel import in_threads
 from utils.recordings import Events, RecordingError, Span, read_aedat2, read_aedat3, read_bin, read_spans
@@ -296,16 +297,24 @@ def _unpack_archives(about: DataSet, data_dir: Path, T: int, any_archive: bool) 
                 f"archive {path} {fault}; download it again, or take other recordings in the same layout by "
                 "tools/prepare_data.py --any-archive"
             )
+    # What a killed process unpacked is gone on with only if it came from the very same archives.
+    stamps = "".join(f"{p.stat().st_size} {p.stat().st_mtime_ns} {p.name}\n" for p in found.values())
+    begun = data_dir / ".unpacking"
     with _growing(data_dir / "extract") as folder:
+        if folder.name.startswith(".") and not (begun.is_file() and begun.read_text(encoding="utf-8") == stamps):
+            shutil.rmtree(folder)
+            write_text(begun, stamps)
+            folder.mkdir()
         for path in found.values():
             print(f"unpacking {path} ...", flush=True)
             unpack(path, folder)
         if not any((folder / about.recordings).rglob(f"*{about.suffix}")):
             raise UserError(
-                f"the archives of {about.title} in {data_dir} hold no {about.suffix} files in "
+                f"{', '.join(map(str, found.values()))} hold no {about.suffix} files in "
                 f"{about.recordings or 'class folders'}; use the official ones"
             )
         _name_if(True, folder, data_dir / "extract")
+    begun.unlink(missing_ok=True)
 
 
 # Recordings to events -------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class Split:
     """Which samples, ``<class>/<sample>``, are for training and which for the test."""
 
     title: str  # the rule or the file in words
-    name: str  # the rule as the beginning of a file name
+    name: str  # the rule as the beginning of a file name; "file" for any file
     train: tuple[str, ...]
     test: tuple[str, ...]
     checksums: Mapping[str, str] = field(default_factory=dict)  # that its file demands
@@ -64,7 +64,8 @@ class Split:
     def manifest(self, data_set: str, checksums: Mapping[str, str]) -> str:
         """The text of its file."""
         lines = [
-            f"# {data_set}, split {self.described}: {len(self.train)} training and {len(self.test)} test samples",
+            f"# {data_set}, split {self.name}, fingerprint {self.fingerprint}: "
+            f"{len(self.train)} training and {len(self.test)} test",
             "# part,class/sample,checksum of the counts of events at each pixel",
         ]
         for part, names in zip(_PARTS, (self.train, self.test), strict=True):
