@@ -11,6 +11,7 @@ import torch
 from tests.conftest import write_events
 from utils.datasets import flip_and_shift, load_event_data
 from utils.distributed import Process
+from utils.engine import time_first
 from utils.errors import DataError, UserError
 from utils.frames import DATA_SETS
 from utils.loaders import make_loaders, set_epoch
@@ -339,3 +340,36 @@ def test_published_checksums_are_used():
     for about in DATA_SETS.values():
         published = published_md5(about.reader)
         assert all(len(published[name]) == 32 for name in about.archives)
+
+
+def test_packed_and_npz_frames_are_the_same_tensors_and_become_float32_on_the_way_to_the_network(folder_data):
+    packed = load_event_data("ncaltech101", folder_data, 4, augment=flip_and_shift, seed=3)
+    files = load_event_data("ncaltech101", folder_data, 4, augment=flip_and_shift, seed=3, frames="npz")
+    assert packed.train.store is not None and files.train.store is None
+    for index in range(0, 27, 5):
+        (ours, label), (theirs, same) = packed.train[index], files.train[index]
+        assert ours.dtype == theirs.dtype == torch.float32 and label == same and torch.equal(ours, theirs)
+    for (small, labels), (frames, same) in zip(batches_of(packed, 0, 2)[0], batches_of(files, 0, 2)[0], strict=True):
+        assert small.dtype == torch.uint8 and torch.equal(labels, same)
+        ready, _ = time_first(small, labels)
+        assert ready.dtype == torch.float32 and torch.equal(ready, frames.transpose(0, 1))
+
+
+def test_a_packed_file_of_changed_frames_is_made_again(folder_data, tmp_path):
+    load_event_data("ncaltech101", folder_data, 4)
+    shutil.copytree(folder_data / "frames_number_4_split_by_number", tmp_path / "frames_number_4_split_by_number")
+    first = load_event_data("ncaltech101", tmp_path, 4)
+    path, _ = first.train.files[3]
+    frames = np.load(path)["frames"][::-1]  # the same events in another order: the same split, other frames
+    np.savez(path, frames=frames)
+    again = load_event_data("ncaltech101", tmp_path, 4)
+    assert again.train.store.path == first.train.store.path and again.split == first.split
+    assert np.array_equal(again.train[3][0].numpy(), frames)
+
+
+def test_the_same_name_in_training_and_test_is_two_samples(tmp_path):
+    for number, part in enumerate(("train", "test")):
+        write_events(tmp_path / f"events_np/{part}/0/a.npz", number)
+    data = load_event_data("dvs128", tmp_path, 4)
+    for part, frames in (("train", data.train[0][0]), ("test", data.test[0][0])):
+        assert np.array_equal(frames.numpy(), frames_by_hand(tmp_path / f"events_np/{part}/0/a.npz", 4, 128, 128))

@@ -46,9 +46,9 @@ def prepare(args: argparse.Namespace, about: DataSet) -> None:
     )
     print_table(data, time.monotonic() - began)
     count = len(data.train) + len(data.test)
-    if count != about.samples:
-        print(f"{count} samples in {len(data.classes)} classes; the official {about.title} has {about.samples} in "
-              f"{about.num_classes}")  # fmt: skip
+    if len(data.classes) != about.num_classes or count != (about.samples or count):
+        official = f"{about.samples} in " if about.samples else ""
+        print(f"{count} samples in {len(data.classes)} classes; {about.title} has {official}{about.num_classes}")
 
 
 def print_table(data: EventData, seconds: float) -> None:

@@ -24,7 +24,6 @@ from utils.frames import (
     frames_name,
     make_frames,
     one_process_at_a_time,
-    sample_name,
 )
 from utils.inspection import BadFile, Inspected, inspect_frames, listing, read_frames
 from utils.loaders import sample_seed
@@ -215,7 +214,7 @@ def check_event_data(
     folder = data_dir / frames_name(T)
     if folder.is_dir():
         files, classes, empty = _list_samples(folder, ("train", "test") if about.has_split else (".",))
-        paths = {sample_name(path): path for of_part in files.values() for path, _ in of_part}
+        paths = {_key(folder, path): path for of_part in files.values() for path, _ in of_part}
         bad += empty + inspect_frames(paths, T, about.sensor, None, workers)[1]
         counts[f"files of {T} frames"] = len(paths)
         if set(classes) < set(about.class_names):
@@ -269,6 +268,7 @@ class _Prepared:
     inspected: Mapping[str, Inspected]
     manifest: str
     bad: list[BadFile]
+    keys: dict[str, list[tuple[str, int]]]  # of train and test, with labels
 
 
 def _prepare(
@@ -282,14 +282,17 @@ def _prepare(
     any_archive: bool,
 ) -> _Prepared:
     folder, bad = make_frames(about, data_dir, T, workers, any_archive, skip_bad)
-    files, classes, empty = _list_samples(folder, ("train", "test") if about.has_split else (".",))
+    parts = ("train", "test") if about.has_split else (".",)
+    if bad and not all((folder / part).is_dir() for part in parts):
+        raise _refusal(bad, data_dir)
+    files, classes, empty = _list_samples(folder, parts)
     bad += empty
-    paths = {sample_name(path): path for of_part in files.values() for path, _ in of_part}
+    paths = {_key(folder, path): path for of_part in files.values() for path, _ in of_part}
     record = data_dir / f".checked_T{T}_{about.sensor[0]}x{about.sensor[1]}"
     inspected, bad_frames = inspect_frames(paths, T, about.sensor, record, workers)
     bad += bad_frames
     if about.has_split:
-        train, test = (tuple(sample_name(path) for path, _ in files[part]) for part in ("train", "test"))
+        train, test = (tuple(_key(folder, path) for path, _ in files[part]) for part in ("train", "test"))
         split = Split("the data set's own", "own", train, test)
     elif rule in RULES:
         split = make_split(rule, list(paths), seed)
@@ -297,14 +300,11 @@ def _prepare(
         split = read_split(Path(rule), list(paths))
     bad += _contradictions(split, paths, inspected)
     if bad and not skip_bad:
-        raise UserError(
-            f"{len(bad)} bad files in --data-dir {data_dir}; replace them, delete those that can be made again, "
-            f"or leave them out by --on-bad-sample skip:{listing(bad)}"
-        )
+        raise _refusal(bad, data_dir)
     if bad:
         print(f"left out: {len(bad)} bad files{listing(bad)}", flush=True)
     split = split.without({file.sample for file in bad})
-    labels = {sample_name(path): label for of_part in files.values() for path, label in of_part}
+    labels = {_key(folder, path): label for of_part in files.values() for path, label in of_part}
     train, test = ([(paths[name], labels[name]) for name in part] for part in (split.train, split.test))
     for part, samples in {"training": train, "test": test}.items():
         if not samples:
@@ -312,7 +312,20 @@ def _prepare(
     manifest = split.manifest(about.title, {name: found.content for name, found in inspected.items()})
     if os.access(data_dir, os.W_OK):
         write_text(data_dir / "splits" / f"{split.file_name}.txt", manifest)
-    return _Prepared(split, classes, train, test, inspected, manifest, bad)
+    keys = {"train": [(key, labels[key]) for key in split.train], "test": [(key, labels[key]) for key in split.test]}
+    return _Prepared(split, classes, train, test, inspected, manifest, bad, keys)
+
+
+def _refusal(bad: Sequence[BadFile], data_dir: Path) -> UserError:
+    return UserError(
+        f"{len(bad)} bad files in --data-dir {data_dir}; replace them, delete those that can be made again, "
+        f"or leave them out by --on-bad-sample skip:{listing(bad)}"
+    )
+
+
+def _key(folder: Path, path: Path) -> str:
+    """``<class>/<sample>``; of a data set with its own split ``<part>/<class>/<sample>``: names may be in both."""
+    return str(path.relative_to(folder).with_suffix(""))
 
 
 def _list_samples(folder: Path, parts: Sequence[str]) -> tuple[dict[str, Files], list[str], list[BadFile]]:
@@ -361,7 +374,7 @@ def _stores(about: DataSet, data_dir: Path, T: int, prepared: _Prepared, workers
     stores = {}
     for part, files in {"train": prepared.train, "test": prepared.test}.items():
         path = packed_path(data_dir, T, about.sensor, prepared.split, part)
-        lines = [f"{sample_name(p)} {label} {prepared.inspected[sample_name(p)].frames}" for p, label in files]
+        lines = [f"{key} {label} {prepared.inspected[key].frames}" for key, label in prepared.keys[part]]
         checksum = hashlib.sha256("\n".join(lines).encode()).hexdigest()
         contents = Contents(T, *about.sensor, part, prepared.split.fingerprint, len(files), checksum)
         store = open_store(path, contents)

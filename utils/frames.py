@@ -54,7 +54,7 @@ class DataSet:
     split_seed: int  # of its recipe
     has_split: bool  # its own train and test folders
     num_classes: int
-    samples: int  # in the official data
+    samples: int | None  # in the official data, where that is certain
     demo_classes: int  # how many of the eleven demo gestures stand in for its classes
     recordings: str  # the folder in extract/ that holds them
     suffix: str  # of a recording
@@ -116,7 +116,7 @@ DATA_SETS = {
         split_seed=3402,
         has_split=False,
         num_classes=101,
-        samples=8_709,
+        samples=None,
         demo_classes=11,
         recordings="Caltech101",
         suffix=".bin",
@@ -199,7 +199,7 @@ def make_frames(
             try:
                 made = integrate(_read_events(left[name], about.sensor), T, about.sensor)
             except RecordingError as error:
-                return BadFile(error.path, error.what, _class_and_sample(name))
+                return BadFile(error.path, error.what, name)
             _save(folder / f"{name}.npz", {"frames": made})
             return None
 
@@ -235,10 +235,6 @@ def check_recordings(
     events = list(sample_paths(data_dir / "events_np").values())
     bad += filter(None, in_threads(check_events, events, workers, "checking events"))
     return bad, {"archives": len(archives), "recordings": len(found), "event files": len(events)}
-
-
-def _class_and_sample(name: str) -> str:
-    return "/".join(Path(name).parts[-2:])
 
 
 def _has_files(folder: Path) -> bool:
@@ -313,8 +309,8 @@ def _unpack_archives(about: DataSet, data_dir: Path, T: int, any_archive: bool) 
                 f"{', '.join(map(str, found.values()))} hold no {about.suffix} files in "
                 f"{about.recordings or 'class folders'}; use the official ones"
             )
+        begun.unlink(missing_ok=True)
         _name_if(True, folder, data_dir / "extract")
-    begun.unlink(missing_ok=True)
 
 
 # Recordings to events -------------------------------------------------------------------------------------------------
@@ -342,7 +338,7 @@ def _make_events(
             try:
                 samples = _samples_of(about, recording)
             except RecordingError as error:
-                return [BadFile(error.path, error.what, _class_and_sample(name)) for name in recording.samples]
+                return [BadFile(error.path, error.what, name) for name in recording.samples]
             for name, events in zip(recording.samples, samples, strict=True):
                 _save(folder / f"{name}.npz", events)
             return []

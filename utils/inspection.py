@@ -27,7 +27,7 @@ class BadFile(NamedTuple):
 
     path: Path
     what: str
-    sample: str = ""  # the <class>/<sample> that it would be, where it is one
+    sample: str = ""  # its path below the folder of frames, without suffix, where it is a sample
 
     def __str__(self) -> str:
         return f"{self.path}: {self.what}"

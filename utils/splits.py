@@ -32,7 +32,10 @@ _UNKNOWN = "-"
 
 @dataclass(frozen=True)
 class Split:
-    """Which samples, ``<class>/<sample>``, are for training and which for the test."""
+    """Which samples are for training and which for the test.
+
+    They are ``<class>/<sample>``, or ``<part>/<class>/<sample>`` of a data set with its own split.
+    """
 
     title: str  # the rule or the file in words
     name: str  # the rule as the beginning of a file name; "file" for any file
@@ -43,7 +46,8 @@ class Split:
     @property
     def fingerprint(self) -> str:
         """8 digits that depend on the names and their part, and on nothing else."""
-        lines = sorted([f"train,{name}" for name in self.train] + [f"test,{name}" for name in self.test])
+        parts = zip(_PARTS, (self.train, self.test), strict=True)
+        lines = sorted(f"{part},{_short(name)}" for part, names in parts for name in names)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
 
     @property
@@ -69,7 +73,7 @@ class Split:
             "# part,class/sample,checksum of the counts of events at each pixel",
         ]
         for part, names in zip(_PARTS, (self.train, self.test), strict=True):
-            lines += [f"{part},{name},{checksums.get(name, _UNKNOWN)}" for name in names]
+            lines += [f"{part},{_short(name)},{checksums.get(name, _UNKNOWN)}" for name in names]
         return "\n".join(lines) + "\n"
 
 
@@ -145,6 +149,11 @@ def read_split(path: Path, names: Sequence[str]) -> Split:
 def _class_and_sample(name: str) -> tuple[str, str]:
     label, _, sample = name.partition("/")
     return label, f"{sample}.npz"  # the order of the files: "a-1.npz" before "a.npz"
+
+
+def _short(name: str) -> str:
+    """``<class>/<sample>``."""
+    return "/".join(name.split("/")[-2:])
 
 
 def _number(name: str) -> int:
