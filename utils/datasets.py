@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as transforms
 from utils.demo import write_demo
 from utils.errors import DataError, UserError
 from utils.files import write_text
+from utils.frame_check import BadFile, Checksums, check_frames, listing, read_frames
 from utils.frames import (
     DATA_SETS,
     DataSet,
@@ -25,7 +26,6 @@ from utils.frames import (
     make_frames,
     one_process_at_a_time,
 )
-from utils.inspection import BadFile, Inspected, inspect_frames, listing, read_frames
 from utils.loaders import sample_seed
 from utils.parallel import in_threads
 from utils.splits import RULES, Split, make_split, read_split
@@ -215,7 +215,7 @@ def check_event_data(
     if folder.is_dir():
         files, classes, empty = _list_samples(folder, ("train", "test") if about.has_split else (".",))
         paths = {_key(folder, path): path for of_part in files.values() for path, _ in of_part}
-        bad += empty + inspect_frames(paths, T, about.sensor, None, workers)[1]
+        bad += empty + check_frames(paths, T, about.sensor, None, workers)[1]
         counts[f"files of {T} frames"] = len(paths)
         if set(classes) < set(about.class_names):
             missing = sorted(set(about.class_names) - set(classes))
@@ -265,7 +265,7 @@ class _Prepared:
     classes: list[str]
     train: Files
     test: Files
-    inspected: Mapping[str, Inspected]
+    inspected: Mapping[str, Checksums]
     manifest: str
     bad: list[BadFile]
     keys: dict[str, list[tuple[str, int]]]  # of train and test, with labels
@@ -289,7 +289,7 @@ def _prepare(
     bad += empty
     paths = {_key(folder, path): path for of_part in files.values() for path, _ in of_part}
     record = data_dir / f".checked_T{T}_{about.sensor[0]}x{about.sensor[1]}"
-    inspected, bad_frames = inspect_frames(paths, T, about.sensor, record, workers)
+    inspected, bad_frames = check_frames(paths, T, about.sensor, record, workers)
     bad += bad_frames
     if about.has_split:
         train, test = (tuple(_key(folder, path) for path, _ in files[part]) for part in ("train", "test"))
@@ -353,7 +353,7 @@ def _list_samples(folder: Path, parts: Sequence[str]) -> tuple[dict[str, Files],
     return files, classes, empty
 
 
-def _contradictions(split: Split, paths: Mapping[str, Path], inspected: Mapping[str, Inspected]) -> list[BadFile]:
+def _contradictions(split: Split, paths: Mapping[str, Path], inspected: Mapping[str, Checksums]) -> list[BadFile]:
     """Samples that are another than the split file says, and training samples that are in the test set, too."""
     bad = [
         BadFile(paths[name], f"has the checksum {inspected[name].content} and {wanted} is in the split file", name)

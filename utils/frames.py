@@ -26,7 +26,7 @@ import numpy as np
 from utils.archives import archive_fault, find_archives, unpack
 from utils.errors import UserError
 from utils.files import partial_of, write_text
-from utils.inspection import BadFile
+from utils.frame_check import BadFile
 from utils.parallel import in_threads
 from utils.recordings import Events, RecordingError, Span, read_aedat2, read_aedat3, read_bin, read_spans
 from utils.spikingjelly_data import integrate, published_md5

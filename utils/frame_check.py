@@ -17,7 +17,7 @@ from utils.files import write_text
 from utils.packing import count_type
 from utils.parallel import in_threads
 
-__all__ = ["BadFile", "Inspected", "content_checksum", "inspect_frames", "listing", "read_frames"]
+__all__ = ["BadFile", "Checksums", "check_frames", "content_checksum", "listing", "read_frames"]
 
 _DIGITS = 16
 
@@ -33,7 +33,7 @@ class BadFile(NamedTuple):
         return f"{self.path}: {self.what}"
 
 
-class Inspected(NamedTuple):
+class Checksums(NamedTuple):
     """What is known of a whole file of frames."""
 
     content: str  # checksum of the counts of each pixel over all frames: the same for every T
@@ -87,13 +87,13 @@ def content_checksum(frames: np.ndarray) -> str:
     return hashlib.sha256(frames.sum(0, dtype=np.int64).astype("<i8").tobytes()).hexdigest()[:_DIGITS]
 
 
-def inspect_frames(
+def check_frames(
     paths: Mapping[str, Path],
     T: int,
     sensor: tuple[int, int],
     record: Path | None,
     workers: int,
-) -> tuple[dict[str, Inspected], list[BadFile]]:
+) -> tuple[dict[str, Checksums], list[BadFile]]:
     """Inspect the frames of samples, ``<class>/<sample>`` to file.
 
     Args:
@@ -108,7 +108,7 @@ def inspect_frames(
     left = [name for name in paths if name not in good]
     bad = []
 
-    def inspect(name: str) -> Inspected | str:
+    def inspect(name: str) -> Checksums | str:
         try:
             frames = read_frames(paths[name], T, sensor)
         except DataError as error:
@@ -116,10 +116,10 @@ def inspect_frames(
         if not frames.any():
             return "has no events"
         frames_checksum = hashlib.sha256(frames.astype("<i4").tobytes()).hexdigest()[:_DIGITS]
-        return Inspected(content_checksum(frames), frames_checksum)
+        return Checksums(content_checksum(frames), frames_checksum)
 
     for name, found in zip(left, in_threads(inspect, left, workers, "checking frames"), strict=True):
-        if isinstance(found, Inspected):
+        if isinstance(found, Checksums):
             good[name] = found
         else:
             bad.append(BadFile(paths[name], found, name))
@@ -135,16 +135,16 @@ def _stamp(path: Path) -> tuple[int, int]:
     return -1, -1
 
 
-def _read_record(path: Path) -> dict[str, tuple[tuple[int, int], Inspected]]:
+def _read_record(path: Path) -> dict[str, tuple[tuple[int, int], Checksums]]:
     found = {}
     with contextlib.suppress(OSError, ValueError):
         for line in path.read_text(encoding="utf-8").splitlines():
             size, changed, content, frames, name = line.split(" ", 4)
-            found[name] = (int(size), int(changed)), Inspected(content, frames)
+            found[name] = (int(size), int(changed)), Checksums(content, frames)
     return found
 
 
-def _write_record(path: Path, samples: Mapping[str, tuple[tuple[int, int], Inspected]]) -> None:
+def _write_record(path: Path, samples: Mapping[str, tuple[tuple[int, int], Checksums]]) -> None:
     lines = [f"{s} {changed} {i.content} {i.frames} {name}\n" for name, ((s, changed), i) in samples.items()]
     write_text(path, "".join(lines))
 
