@@ -79,6 +79,8 @@ def main() -> None:
             frame_size=args.frame_size,
             demo=args.demo,
             keep_in_memory=args.keep_frames,
+            frames=args.frames,
+            on_bad_sample=args.on_bad_sample,
         )
         train_batches, test_batches = make_loaders(data, args.batch_size, args.num_workers, args.seed, process)
         torch.manual_seed(args.seed)  # the same first weights in every process
@@ -103,9 +105,10 @@ def main() -> None:
         torch.manual_seed(args.seed + process.rank)  # dropout differs between the processes
         parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "azo": log.azo}
         progress = Progress(process.device)
-        checkpoints = Checkpoints(args.output_dir, recipe_of(args), process, net, progress, args.keep_every, **parts)
+        recipe = recipe_of(args, data.fingerprint)
+        checkpoints = Checkpoints(args.output_dir, recipe, process, net, progress, args.keep_every, **parts)
         done = checkpoints.resume(args.resume)
-        log.open(vars(args), facts, done)
+        log.open(vars(args), facts, done, data.manifest)
 
         with StopSignal(process.device) as stop:
             for epoch in range(done + 1, args.epochs + 1):

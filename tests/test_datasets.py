@@ -3,8 +3,6 @@
 import multiprocessing
 import os
 import shutil
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +11,11 @@ import torch
 from tests.conftest import write_events
 from utils.datasets import flip_and_shift, load_event_data
 from utils.distributed import Process
+from utils.engine import time_first
 from utils.errors import DataError, UserError
-from utils.frames import DATA_SETS, _spikingjelly_class
+from utils.frames import DATA_SETS
 from utils.loaders import make_loaders, set_epoch
+from utils.spikingjelly_data import published_md5
 
 
 def process(rank=0, world_size=1):
@@ -75,7 +75,7 @@ def test_a_split_file_is_followed_and_checked(folder_data, tmp_path):
     path.write_text("train,ant/image_0001\ntest,ant/image_0001\n")  # in both
     with pytest.raises(UserError, match="line 2"):
         load_event_data("ncaltech101", folder_data, 4, split=str(path))
-    with pytest.raises(UserError, match="neither 'random' nor a readable file"):
+    with pytest.raises(UserError, match="neither one of random, first90, tebn nor a readable file"):
         load_event_data("ncaltech101", folder_data, 4, split=str(tmp_path / "nothing"))
 
 
@@ -96,13 +96,14 @@ def test_frames_alone_are_enough(gesture_data, tmp_path):
         load_event_data("dvs128", tmp_path, 5)
 
 
-def test_frames_that_a_killed_build_left_partial_are_set_aside_and_made_again(gesture_data, tmp_path):
+def test_frames_that_a_killed_build_of_spikingjelly_left_partial_are_completed(gesture_data, tmp_path):
     shutil.copytree(gesture_data / "events_np", tmp_path / "events_np")
     partial = tmp_path / "frames_number_4_split_by_number"
     (partial / "train/0").mkdir(parents=True)
+    (partial / "train/0/user01_0.npz").write_bytes(b"PK, and no more")
     (tmp_path / "frames_number_4_split_by_number.building").touch()
     assert len(load_event_data("dvs128", tmp_path, 4).train) == 22
-    assert len(list(tmp_path.glob("*.incomplete-*"))) == 1
+    assert not list(tmp_path.glob("*.building"))
 
 
 def count_samples(root, results):
@@ -126,7 +127,7 @@ def test_a_truncated_event_file_is_named(gesture_data, tmp_path, capsys):
     shutil.copytree(gesture_data / "events_np", tmp_path / "events_np")
     broken = tmp_path / "events_np/train/3/user01_1.npz"
     broken.write_bytes(broken.read_bytes()[:500])
-    with pytest.raises(UserError, match=r"1 event files .*train/3/user01_1\.npz"):
+    with pytest.raises(UserError, match=r"1 bad files .*\n.*train/3/user01_1\.npz: cannot be read"):
         load_event_data("dvs128", tmp_path, 4)
     assert not (tmp_path / "frames_number_4_split_by_number").exists()
 
@@ -137,14 +138,14 @@ def test_a_truncated_event_file_is_named(gesture_data, tmp_path, capsys):
         (lambda p: p.write_bytes(p.read_bytes()[:300]), "cannot be read"),
         (lambda p: np.savez(p, frames=np.zeros((3, 2, 128, 128))), r"has shape \[3, 2, 128, 128\].*\[4, 2, 128, 128\]"),
         (lambda p: np.savez(p, frames=np.zeros((4, 2, 64, 64))), r"has shape \[4, 2, 64, 64\]"),
-        (lambda p: np.savez(p, other=np.zeros(3)), "cannot be read"),
+        (lambda p: np.savez(p, other=np.zeros(3)), "has the key other and no 'frames'"),
     ],
     ids=["truncated", "T", "size", "key"],
 )
 def test_a_damaged_frame_file_is_named(damage, message, gesture_data, tmp_path):
     load_event_data("dvs128", gesture_data, 4)
     shutil.copytree(gesture_data / "frames_number_4_split_by_number", tmp_path / "frames_number_4_split_by_number")
-    data = load_event_data("dvs128", tmp_path, 4)
+    data = load_event_data("dvs128", tmp_path, 4, frames="npz")
     damage(data.train.files[7][0])
     with pytest.raises(DataError, match=message) as caught:
         _ = data.train[7]
@@ -181,10 +182,10 @@ def aedat2(events):
 
 
 def test_cifar10dvs_recordings_are_read_on_current_numpy(tmp_path):
-    for name in ("airplane", "truck"):
+    for label, name in enumerate(("airplane", "truck")):
         for number in range(10):
             path = tmp_path / f"extract/{name}/cifar10_{name}_{number}.aedat"
-            write_events(path.with_suffix(".npz"), number)
+            write_events(path.with_suffix(".npz"), 10 * label + number)
             with np.load(path.with_suffix(".npz")) as events:
                 path.write_bytes(aedat2(events))
     sources = {p.stem: dict(np.load(p)) for p in tmp_path.glob("extract/*/*.npz")}
@@ -223,7 +224,7 @@ def test_frames_of_another_sensor_size_are_refused(tmp_path):
     for number in range(10):
         write_events(tmp_path / f"events_np/ant/{number}.npz", number, 34, 34)
     load_event_data("ncaltech101", tmp_path, 2, sensor_size=(34, 34))
-    with pytest.raises(DataError, match=r"has shape \[2, 2, 34, 34\].*--sensor-size"):
+    with pytest.raises(UserError, match=r"10 bad files.*\n.*has shape \[2, 2, 34, 34\] and"):
         load_event_data("ncaltech101", tmp_path, 2)
 
 
@@ -337,25 +338,38 @@ def test_a_folder_that_cannot_be_written_is_an_error_in_one_sentence(gesture_dat
 
 def test_published_checksums_are_used():
     for about in DATA_SETS.values():
-        published = {name: md5 for name, _, md5 in _spikingjelly_class(about).resource_url_md5()}
+        published = published_md5(about.reader)
         assert all(len(published[name]) == 32 for name in about.archives)
 
 
-def test_a_sample_that_failed_once_is_integrated_again(tmp_path, monkeypatch):
-    for number in range(4):
-        for name in ("ant", "bee"):
-            write_events(tmp_path / f"events_np/{name}/image_{number:04}.npz", number, 180, 240)
-    lost = []
+def test_packed_and_npz_frames_are_the_same_tensors_and_become_float32_on_the_way_to_the_network(folder_data):
+    packed = load_event_data("ncaltech101", folder_data, 4, augment=flip_and_shift, seed=3)
+    files = load_event_data("ncaltech101", folder_data, 4, augment=flip_and_shift, seed=3, frames="npz")
+    assert packed.train.store is not None and files.train.store is None
+    for index in range(0, 27, 5):
+        (ours, label), (theirs, same) = packed.train[index], files.train[index]
+        assert ours.dtype == theirs.dtype == torch.float32 and label == same and torch.equal(ours, theirs)
+    for (small, labels), (frames, same) in zip(batches_of(packed, 0, 2)[0], batches_of(files, 0, 2)[0], strict=True):
+        assert small.dtype == torch.uint8 and torch.equal(labels, same)
+        ready, _ = time_first(small, labels)
+        assert ready.dtype == torch.float32 and torch.equal(ready, frames.transpose(0, 1))
 
-    def lose_one(path, is_zipfile=zipfile.is_zipfile):
-        if not lost and Path(path).match("ant/image_0002.npz"):
-            Path(path).unlink()
-            lost.append(path)
-        return Path(path).exists() and is_zipfile(path)
 
-    monkeypatch.setattr(zipfile, "is_zipfile", lose_one)
-    load_event_data("ncaltech101", tmp_path, 4)
-    assert len(lost) == 1
-    expected = frames_by_hand(tmp_path / "events_np/ant/image_0002.npz", 4, 180, 240)
-    with np.load(tmp_path / "frames_number_4_split_by_number/ant/image_0002.npz") as made:
-        assert np.array_equal(made["frames"], expected)
+def test_a_packed_file_of_changed_frames_is_made_again(folder_data, tmp_path):
+    load_event_data("ncaltech101", folder_data, 4)
+    shutil.copytree(folder_data / "frames_number_4_split_by_number", tmp_path / "frames_number_4_split_by_number")
+    first = load_event_data("ncaltech101", tmp_path, 4)
+    path, _ = first.train.files[3]
+    frames = np.load(path)["frames"][::-1]  # the same events in another order: the same split, other frames
+    np.savez(path, frames=frames)
+    again = load_event_data("ncaltech101", tmp_path, 4)
+    assert again.train.store.path == first.train.store.path and again.split == first.split
+    assert np.array_equal(again.train[3][0].numpy(), frames)
+
+
+def test_the_same_name_in_training_and_test_is_two_samples(tmp_path):
+    for number, part in enumerate(("train", "test")):
+        write_events(tmp_path / f"events_np/{part}/0/a.npz", number)
+    data = load_event_data("dvs128", tmp_path, 4)
+    for part, frames in (("train", data.train[0][0]), ("test", data.test[0][0])):
+        assert np.array_equal(frames.numpy(), frames_by_hand(tmp_path / f"events_np/{part}/0/a.npz", 4, 128, 128))

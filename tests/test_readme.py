@@ -9,7 +9,7 @@ import re
 import shlex
 
 from tests.conftest import ROOT, SCRIPTS
-from tools import benchmark, compare, prepare_imagenet, reliability, report, visualize
+from tools import benchmark, compare, prepare_data, prepare_imagenet, reliability, report, visualize
 from utils import pictures
 from utils.event_args import event_parser
 from utils.image_args import image_parser
@@ -21,6 +21,7 @@ RECIPE = {
 }  # fmt: skip
 PARSERS = {path.name: event_parser("", RECIPE) for path in SCRIPTS.values()} | {
     "train_amp.py": image_parser("", RECIPE),
+    "tools/prepare_data.py": prepare_data.make_parser(),
     "tools/prepare_imagenet.py": prepare_imagenet.make_parser(),
     "tools/benchmark.py": benchmark.make_parser(),
     "tools/report.py": report.make_parser(),

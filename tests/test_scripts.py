@@ -2,12 +2,14 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -206,14 +208,41 @@ def test_a_full_disk_is_one_sentence(script, gesture_data, tmp_path, monkeypatch
 
 def test_a_damaged_frame_file_is_named_by_a_loader_process(script, gesture_data, tmp_path):
     assert script("dvs128", *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path / "a", "--epochs", 1)[0] == 0
-    shutil.copytree(gesture_data / "frames_number_4_split_by_number", tmp_path / "d/frames_number_4_split_by_number")
-    broken = tmp_path / "d/frames_number_4_split_by_number/train/5/user01_0.npz"
-    broken.write_bytes(broken.read_bytes()[:200])
+    for part in ("frames_number_4_split_by_number", "packed_T4_128x128"):
+        shutil.copytree(gesture_data / part, tmp_path / "d" / part)
     arguments = ["--data-dir", tmp_path / "d", "--output-dir", tmp_path / "b", "--epochs", 1, "--num-workers", 2]
+    (packed,) = (tmp_path / "d").glob("packed_*/*_train.frames")
+    content = bytearray(packed.read_bytes())
+    content[-3] ^= 1  # in the last sample
+    packed.write_bytes(content)
     code, _, err = script("dvs128", *SMALL, *arguments)
     lines = [line for line in err.splitlines() if line]
     assert code == 2 and len(lines) == 1
-    assert lines[0].startswith(f"vgg8_dvs128_SMA.py: error: frame file {broken} cannot be read")
+    assert lines[0].startswith(f"vgg8_dvs128_SMA.py: error: packed frames {packed} are damaged (checksum of sample 21)")
+
+
+def test_training_on_bad_files_lists_them_all_or_leaves_them_out(script, gesture_data, tmp_path):
+    assert script("dvs128", *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path / "a", "--epochs", 1)[0] == 0
+    shutil.copytree(gesture_data / "frames_number_4_split_by_number", tmp_path / "d/frames_number_4_split_by_number")
+    broken = [
+        tmp_path / f"d/frames_number_4_split_by_number/{name}.npz" for name in ("train/5/user01_0", "test/7/user24_0")
+    ]
+    broken[0].write_bytes(broken[0].read_bytes()[:200])
+    np.savez(broken[1], frames=np.full((4, 2, 128, 128), np.nan))
+    command = ["dvs128", *SMALL, "--data-dir", tmp_path / "d", "--output-dir", tmp_path / "b", "--epochs", 1]
+    code, _, err = script(*command)
+    assert code == 2 and "error: 2 bad files" in err
+    assert f"\n  {broken[0]}: cannot be read" in err and f"\n  {broken[1]}: holds NaN" in err
+    assert not (tmp_path / "b").exists()
+    code, out, err = script(*command, "--on-bad-sample", "skip", "--num-workers", 0)
+    assert code == 0 and "left out: 2 bad files" in out and "21 training, 10 test" in out, err
+    split = (tmp_path / "b/split.txt").read_text()
+    assert "train,5/user01_1," in split and "5/user01_0" not in split
+    fingerprint = re.search("fingerprint ([0-9a-f]{8})", split)[1]
+    results = [line for line in out.splitlines() if re.match("epoch 1/1|final epoch|best epoch", line)]
+    assert len(results) == 3 and all(line.endswith(f"fingerprint {fingerprint}") for line in results)
+    code, _, err = script("dvs128", *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path / "b", "--epochs", 1)
+    assert code == 2 and f"split_fingerprint is {fingerprint} there" in err  # other samples: another run
 
 
 # Real processes -----------------------------------------------------------------------------------------------------

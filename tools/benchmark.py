@@ -3,6 +3,7 @@
     python tools/benchmark.py model -net resnet18 --image-size 64 -T 2 -b 8     a CPU
     python tools/benchmark.py model --amp fp16 -b 0                             a GPU: the largest batch that fits
     python tools/benchmark.py images                                            decoding and augmentation, one core
+    python tools/benchmark.py data                                              event frames, one core
 
 Every figure is a median over the runs with the spread beside it; a ratio compares medians of the same run.
 """
@@ -33,6 +34,7 @@ if not __package__:  # run as a file: the modules of the repository are one fold
 
 from models import ms_resnet18, ms_resnet34, ms_resnet104, sma_ms_resnet18, sma_ms_resnet34, sma_ms_resnet104
 from models.neurons import Rectangle, reset_net, select_backend, spikingjelly_version
+from tools.benchmark_data import add_data_arguments, benchmark_data
 from utils.args import whole
 from utils.demo_images import PATTERNS, render_picture
 from utils.engine import AMP_DTYPES
@@ -322,7 +324,9 @@ def make_parser() -> argparse.ArgumentParser:
     images.add_argument("--data-dir", type=Path, metavar="DIR", help="photographs; default: generated ones")
     images.add_argument("--image-size", type=whole(32), default=224, metavar="N", help="crop in pixels; default: 224")
     images.add_argument("--count", type=whole(1), default=200, metavar="N", help="images in a run; default: 200")
-    for command in (model, images):
+    data = commands.add_parser("data", help=benchmark_data.__doc__)
+    add_data_arguments(data)
+    for command in (model, images, data):
         command.add_argument("--runs", type=whole(1), default=5, metavar="N", help="of each task; default: 5")
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     return parser
@@ -331,7 +335,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run one benchmark and print its table."""
     args = make_parser().parse_args()
-    rows = (benchmark_model if args.command == "model" else benchmark_images)(args)
+    benchmarks = {"model": benchmark_model, "images": benchmark_images, "data": benchmark_data}
+    rows = benchmarks[args.command](args)
     machine = _machine(getattr(args, "device", "cpu"))
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print(_table(rows))

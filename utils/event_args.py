@@ -32,6 +32,8 @@ _COMMON: dict[str, Any] = {
     "sensor_size": None,
     "frame_size": None,
     "split": "random",
+    "frames": "packed",
+    "on_bad_sample": "stop",
     "keep_frames": False,
     "flip": True,
 }
@@ -77,9 +79,13 @@ def parse_event_args(
     return args
 
 
-def recipe_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that a result depends on, in plain values: a checkpoint is continued only where it agrees."""
-    return settings_of(args, _RECIPE_FIELDS)
+def recipe_of(args: argparse.Namespace, split: str | None = None) -> dict[str, Any]:
+    """Everything that a result depends on, in plain values: a checkpoint is continued only where it agrees.
+
+    Args:
+        split: the fingerprint of the samples in training and test; None where only the settings are wanted.
+    """
+    return settings_of(args, _RECIPE_FIELDS) | ({} if split is None else {"split_fingerprint": split})
 
 
 def deviations(args: argparse.Namespace, recipe: dict[str, Any], processes: int) -> dict[str, tuple[Any, Any]]:
@@ -101,10 +107,14 @@ def event_parser(description: str, recipe: dict[str, Any]) -> ScriptParser:
     add("--sensor-size", type=size(1), metavar="HxW", help="of another camera", default="the data set's")
     add("--frame-size", type=size(32), metavar="N|HxW", help="resize frames", default="the sensor's size")
     if "split_seed" in recipe:
-        add("--split", metavar="random|FILE", help="train/test split", default="random 90/10 in each class")
+        add(
+            "--split", metavar="random|first90|tebn|FILE", help="train/test split", default="random 90/10 in each class"
+        )
         add("--split-seed", type=whole(0), metavar="N", help="of that split", default=recipe["split_seed"])
     if "flip" in recipe:
         add("--flip", action=switch, help="mirror half of the training samples", default="on")
+    add("--frames", choices=("packed", "npz"), help="read packed frames, made once, or the files", default="packed")
+    add("--on-bad-sample", choices=("stop", "skip"), help="leave damaged samples out, or stop", default="stop")
     add("--keep-frames", action=switch, help="read all frames once, into memory", default="off; on for the demo")
 
     add = parser.group("network")

@@ -1,7 +1,8 @@
-"""Files of tensors and plain values: written whole with a checksum, read without running any code of theirs."""
+"""Files written whole: text, and tensors and plain values with a checksum, read without running any code of theirs."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -13,7 +14,7 @@ import torch
 
 from utils.errors import UserError
 
-__all__ = ["DamagedFileError", "partial_of", "read_checked", "write_checked"]
+__all__ = ["DamagedFileError", "partial_of", "read_checked", "write_checked", "write_text"]
 
 _CHUNK = 1 << 20
 # torch saves a zip archive. Its comment, the very end of the file, holds the checksum of everything before it: the file
@@ -54,6 +55,21 @@ def write_checked(content: Mapping[str, Any], path: Path) -> None:
 def partial_of(path: Path) -> Path:
     """Where a file is written before it gets its name; what a killed process leaves."""
     return path.with_name(f".{path.name}.partial")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside and rename, unless that is what the file holds already.
+
+    Raises:
+        OSError: no room, or the folder cannot be written to.
+    """
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if path.read_text(encoding="utf-8") == text:
+            return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = partial_of(path)
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def read_checked(path: str | Path) -> tuple[Mapping, bool]:

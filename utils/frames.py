@@ -1,40 +1,46 @@
-"""Making frames: from the archives or recordings of a data set to the frames that SpikingJelly integrates, once.
+"""Making frames: from the archives or recordings of a data set to frames, a file a sample, once.
 
     <data-dir>/download/   the official archives           (put there by hand)
     <data-dir>/extract/    the recordings                  (unpacked from the archives)
-    <data-dir>/events_np/  one .npz of events a sample     (made by SpikingJelly)
-    <data-dir>/frames_number_<T>_split_by_number/          (made by SpikingJelly, one folder for each T)
+    <data-dir>/events_np/  one .npz of events a sample     (as SpikingJelly makes them)
+    <data-dir>/frames_number_<T>_split_by_number/          (as SpikingJelly makes them, one folder for each T)
 
-Any of these is a good start: what is there is used, what is missing is made from what comes before it, whole or not at
-all and by one process while the others wait.
+Any of these is a good start: what is there is used, what is missing is made from what comes before it, by one process
+while the others wait. A folder grows under the name ``.building-<name>`` and a file under ``.<name>.partial``, so that
+what has its name is whole; the same call goes on where a killed one stopped.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import importlib
-import io
-import os
 import shutil
-import sys
-import time
-import types
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from utils.archives import archive_fault, find_archives, unpack
 from utils.errors import UserError
+from utils.files import partial_of, write_text
+from utils.frame_check import BadFile
+from utils.parallel import in_threads
+from utils.recordings import Events, RecordingError, Span, read_aedat2, read_aedat3, read_bin, read_spans
+from utils.spikingjelly_data import integrate, published_md5
 
-__all__ = ["DATA_SETS", "DataSet", "frames_folder", "one_process_at_a_time", "sample_name"]
-
-
-# Of SpikingJelly: one file of events to one file of frames.
-_INTEGRATE = "integrate_events_file_to_frames_file_by_fixed_frames_number"
+__all__ = [
+    "DATA_SETS",
+    "DataSet",
+    "check_recordings",
+    "frames_name",
+    "make_frames",
+    "one_process_at_a_time",
+    "sample_name",
+    "sample_paths",
+]
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,17 @@ class DataSet:
     title: str
     reader: str  # module and class of SpikingJelly
     sensor: tuple[int, int]  # H, W
+    timesteps: int  # T of its recipe
+    split_seed: int  # of its recipe
     has_split: bool  # its own train and test folders
     num_classes: int
+    samples: int | None  # in the official data, where that is certain
     demo_classes: int  # how many of the eleven demo gestures stand in for its classes
-    recordings: str  # what must lie in extract/
+    recordings: str  # the folder in extract/ that holds them
+    suffix: str  # of a recording
     archives: tuple[str, ...]
     page: str  # where to download it
+    class_names: tuple[str, ...] = ()  # where they are known
 
     def missing(self, data_dir: Path) -> str:
         """The sentence for a user who has not got it yet."""
@@ -63,15 +74,21 @@ class DataSet:
         return self.archives[0] if len(self.archives) == 1 else f"{self.archives[0]} ... {self.archives[-1]}"
 
 
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
 DATA_SETS = {
     "dvs128": DataSet(
         title="DVS128 Gesture",
         reader="spikingjelly.datasets.dvs128_gesture.DVS128Gesture",
         sensor=(128, 128),
+        timesteps=16,
+        split_seed=0,
         has_split=True,
         num_classes=11,
+        samples=1464,
         demo_classes=11,
         recordings="DvsGesture",
+        suffix=".aedat",
         archives=("DvsGesture.tar.gz",),
         page="https://ibm.ent.box.com/s/3hiq58ww1pbbjrinh367ykfdf60xsfm8/folder/50167556794",
     ),
@@ -79,24 +96,30 @@ DATA_SETS = {
         title="CIFAR10-DVS",
         reader="spikingjelly.datasets.cifar10_dvs.CIFAR10DVS",
         sensor=(128, 128),
+        timesteps=10,
+        split_seed=3404,
         has_split=False,
         num_classes=10,
+        samples=10_000,
         demo_classes=10,
         recordings="",
-        archives=tuple(
-            f"{name}.zip"
-            for name in ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-        ),
+        suffix=".aedat",
+        archives=tuple(f"{name}.zip" for name in _CIFAR10),
+        class_names=_CIFAR10,
         page="https://figshare.com/articles/dataset/CIFAR10-DVS_New/4724671",
     ),
     "ncaltech101": DataSet(
         title="N-Caltech101",
         reader="spikingjelly.datasets.n_caltech101.NCaltech101",
         sensor=(180, 240),
+        timesteps=14,
+        split_seed=3402,
         has_split=False,
         num_classes=101,
+        samples=None,
         demo_classes=11,
         recordings="Caltech101",
+        suffix=".bin",
         archives=("Caltech101.zip",),
         page="https://www.garrickorchard.com/datasets/n-caltech101",
     ),
@@ -108,27 +131,21 @@ def sample_name(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
-def frames_folder(about: DataSet, data_dir: Path, T: int) -> Path:
-    """The folder of frames for T; made first where it is not there yet."""
-    if not data_dir.is_dir():
-        raise UserError(about.missing(data_dir))
-    frames_dir = data_dir / f"frames_number_{T}_split_by_number"
-    try:
-        with one_process_at_a_time(data_dir):
-            _set_aside_if_partial(frames_dir, data_dir / "events_np")
-            if not frames_dir.is_dir():
-                _build(about, data_dir, frames_dir, T)
-    except OSError as error:
-        raise UserError(
-            f"frames cannot be made in --data-dir {data_dir} ({error}); give a folder that is complete, can be written "
-            "and has room"
-        ) from error
-    return frames_dir
+def frames_name(T: int) -> str:
+    """The name of the folder of frames for T."""
+    return f"frames_number_{T}_split_by_number"
+
+
+def sample_paths(folder: Path, suffix: str = ".npz") -> dict[str, Path]:
+    """The files of a folder by their path in it without suffix, sorted; hidden ones left out."""
+    paths = sorted(path for path in folder.rglob(f"*{suffix}") if path.is_file())
+    inside = ((path.relative_to(folder).with_suffix(""), path) for path in paths)
+    return {str(name): path for name, path in inside if not any(part.startswith(".") for part in name.parts)}
 
 
 @contextlib.contextmanager
 def one_process_at_a_time(data_dir: Path) -> Iterator[None]:
-    """Processes of one run, and unrelated runs, build in turn: two at once corrupt a SpikingJelly data set."""
+    """Processes of one run, and unrelated runs, prepare a folder in turn; a kill ends the lock, too."""
     try:
         lock = (data_dir / ".lock").open("w")
     except OSError:  # a read-only folder: nothing can be built there, so there is nothing to wait for
@@ -139,62 +156,126 @@ def one_process_at_a_time(data_dir: Path) -> Iterator[None]:
         yield
 
 
-def _set_aside_if_partial(frames_dir: Path, events_dir: Path) -> None:
-    """A build by SpikingJelly itself that was killed leaves a folder that looks whole; count its files."""
-    if not (frames_dir.is_dir() and events_dir.is_dir()):
-        return
-    frames, events = _count_samples(frames_dir), _count_samples(events_dir)
-    if frames < events:
-        aside = frames_dir.with_name(f"{frames_dir.name}.incomplete-{time.strftime('%Y%m%d-%H%M%S')}")
-        print(f"{frames_dir} has {frames} of {events} samples and is made again; the old one is now {aside}")
-        frames_dir.rename(aside)
-        with contextlib.suppress(FileNotFoundError):
-            frames_dir.with_name(f"{frames_dir.name}.building").unlink()  # SpikingJelly 2.x would stop on it
+def make_frames(
+    about: DataSet, data_dir: Path, T: int, workers: int = 1, any_archive: bool = False, skip_bad: bool = False
+) -> tuple[Path, list[BadFile]]:
+    """Make what is missing; call it inside :func:`one_process_at_a_time`.
+
+    Args:
+        workers: threads.
+        any_archive: accept archives without the published checksum: other recordings in the same layout.
+        skip_bad: give the folders their names although files are bad.
+
+    Returns:
+        The folder of frames (under its building name as long as files are bad, unless ``skip_bad``), and the recordings
+        and event files that cannot be used.
+
+    Raises:
+        UserError: nothing usable is there; the message says what to put where.
+        OSError: no room, or the folder cannot be written to.
+    """
+    if not data_dir.is_dir():
+        raise UserError(about.missing(data_dir))
+    frames_dir, events_dir = data_dir / frames_name(T), data_dir / "events_np"
+    if frames_dir.is_dir() and not _has_files(events_dir):
+        return frames_dir, []
+    recordings = data_dir / "extract" / about.recordings
+    if not _has_files(events_dir) and not _has_files(recordings):
+        _unpack_archives(about, data_dir, T, any_archive)
+    bad: list[BadFile] = []
+    if _has_files(recordings):
+        events_dir, bad = _make_events(about, recordings, events_dir, workers, skip_bad)
+    events = sample_paths(events_dir)
+    frames = sample_paths(frames_dir)
+    if frames_dir.is_dir() and frames.keys() >= events.keys():
+        return frames_dir, bad
+    # What SpikingJelly 2.x would stop on, where it was killed.
+    frames_dir.with_name(f"{frames_dir.name}.building").unlink(missing_ok=True)
+    with _growing(frames_dir) as folder:
+        left = {name: path for name, path in events.items() if not zipfile.is_zipfile(folder / f"{name}.npz")}
+        print(f"making {T} frames of {len(left)} samples in {data_dir} ...", flush=True)
+
+        def make(name: str) -> BadFile | None:
+            try:
+                made = integrate(_read_events(left[name], about.sensor), T, about.sensor)
+            except RecordingError as error:
+                return BadFile(error.path, error.what, name)
+            _save(folder / f"{name}.npz", {"frames": made})
+            return None
+
+        bad += filter(None, in_threads(make, list(left), workers, "frames"))
+        return _name_if(not bad or skip_bad, folder, frames_dir), bad
 
 
-def _count_samples(folder: Path) -> int:
-    return len(_sample_paths(folder))
+def check_recordings(
+    about: DataSet, data_dir: Path, workers: int, any_archive: bool
+) -> tuple[list[BadFile], dict[str, int]]:
+    """Read every archive, recording and event file that is there; the bad ones, and how many there are of each kind."""
+    found, bad = _recordings(about, data_dir / "extract" / about.recordings)
+    archives, md5 = find_archives(data_dir, about.archives), published_md5(about.reader)
+    faults = {path: archive_fault(path, md5[name], any_archive, None) for name, path in archives.items()}
+    bad += [BadFile(path, fault) for path, fault in faults.items() if fault]
 
+    def check(recording: _Recording) -> BadFile | None:
+        try:
+            for events in _samples_of(about, recording):
+                _check_events(recording.path, events, about.sensor)
+        except RecordingError as error:
+            return BadFile(error.path, error.what)
+        return None
 
-def _build(about: DataSet, data_dir: Path, frames_dir: Path, T: int) -> None:
-    """Let SpikingJelly make what is missing in a temporary folder beside, then rename it into place."""
-    have_events = _has_files(data_dir / "events_np")
-    have_recordings = _has_files(data_dir / "extract" / about.recordings)
-    if not have_events and not have_recordings:
-        _check_archives(about, data_dir, T)
-    for leftover in data_dir.glob(".building-*"):  # of a killed build: this process has the lock
-        shutil.rmtree(leftover)
-    temporary = data_dir / f".building-{os.getpid()}"
-    try:
-        (temporary / "download").mkdir(parents=True)
-        if have_events:
-            (temporary / "events_np").symlink_to((data_dir / "events_np").resolve())
-        elif have_recordings:
-            (temporary / "extract").symlink_to((data_dir / "extract").resolve())
-        else:
-            for archive in about.archives:
-                (temporary / "download" / archive).symlink_to((data_dir / "download" / archive).resolve())
-        print(f"making {T} frames per sample in {data_dir}, once ...", flush=True)
-        began = time.monotonic()
-        _run_spikingjelly(about, temporary, frames_dir.name, T)
-        for part in ("extract", "events_np", frames_dir.name):
-            if (temporary / part).is_dir() and not (temporary / part).is_symlink():
-                (temporary / part).rename(data_dir / part)
-        print(
-            f"made the frames of {_count_samples(frames_dir)} samples in {time.monotonic() - began:.1f} s", flush=True
-        )
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    def check_events(path: Path) -> BadFile | None:
+        try:
+            _read_events(path, about.sensor)
+        except RecordingError as error:
+            return BadFile(error.path, error.what)
+        return None
+
+    bad += filter(None, in_threads(check, found, workers, "checking recordings"))
+    events = list(sample_paths(data_dir / "events_np").values())
+    bad += filter(None, in_threads(check_events, events, workers, "checking events"))
+    return bad, {"archives": len(archives), "recordings": len(found), "event files": len(events)}
 
 
 def _has_files(folder: Path) -> bool:
-    return folder.is_dir() and any(path.is_file() for path in folder.rglob("*"))
+    return folder.is_dir() and any(path.is_file() for path in folder.rglob("[!.]*"))
 
 
-def _check_archives(about: DataSet, data_dir: Path, T: int) -> None:
-    absent = [name for name in about.archives if not (data_dir / "download" / name).is_file()]
-    if len(absent) == len(about.archives):
-        folders = (path.name.split("_")[2] for path in data_dir.glob("frames_number_*_split_by_number"))
+# Folders and files that are whole when they have their name -----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _growing(final: Path) -> Iterator[Path]:
+    """The folder to put files into: the final one where it exists, else one beside that :func:`_name_if` renames."""
+    folder = final if final.is_dir() else final.with_name(f".building-{final.name}")
+    folder.mkdir(exist_ok=True)
+    yield folder
+
+
+def _name_if(whole: bool, folder: Path, final: Path) -> Path:
+    if whole and folder != final:
+        folder.rename(final)
+        return final
+    return folder
+
+
+def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a compressed ``.npz``, beside first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = partial_of(path)
+    with beside.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    beside.rename(path)
+
+
+# Archives to recordings -----------------------------------------------------------------------------------------------
+
+
+def _unpack_archives(about: DataSet, data_dir: Path, T: int, any_archive: bool) -> None:
+    found = find_archives(data_dir, about.archives)
+    absent = [name for name in about.archives if name not in found]
+    if not found:
+        folders = (path.name.split("_")[2] for path in data_dir.glob(frames_name("*")))
         others = sorted(int(number) for number in folders if number.isdecimal())
         if others:
             raise UserError(
@@ -202,120 +283,159 @@ def _check_archives(about: DataSet, data_dir: Path, T: int) -> None:
                 "one of these as -T, or put events_np/ there, from which the others are made"
             )
         raise UserError(about.missing(data_dir))
-    if absent:
+    if absent and not any_archive:
         raise UserError(f"{data_dir / 'download'} lacks {', '.join(absent)}; download from {about.page}")
-    published = {name: md5 for name, _, md5 in _spikingjelly_class(about).resource_url_md5()}
-    for name in about.archives:
-        path = data_dir / "download" / name
-        with path.open("rb") as file:
-            md5 = hashlib.file_digest(file, "md5").hexdigest()
-        if md5 != published[name]:
-            raise UserError(f"archive {path} has the MD5 {md5} and {published[name]} is published; download it again")
+    md5 = published_md5(about.reader)
+    for name, path in found.items():
+        fault = archive_fault(path, md5[name], any_archive, data_dir / ".checked_archives")
+        if fault:
+            raise UserError(
+                f"archive {path} {fault}; download it again, or take other recordings in the same layout by "
+                "tools/prepare_data.py --any-archive"
+            )
+    # What a killed process unpacked is gone on with only if it came from the very same archives.
+    stamps = "".join(f"{p.stat().st_size} {p.stat().st_mtime_ns} {p.name}\n" for p in found.values())
+    begun = data_dir / ".unpacking"
+    with _growing(data_dir / "extract") as folder:
+        if folder.name.startswith(".") and not (begun.is_file() and begun.read_text(encoding="utf-8") == stamps):
+            shutil.rmtree(folder)
+            write_text(begun, stamps)
+            folder.mkdir()
+        for path in found.values():
+            print(f"unpacking {path} ...", flush=True)
+            unpack(path, folder)
+        if not any((folder / about.recordings).rglob(f"*{about.suffix}")):
+            raise UserError(
+                f"{', '.join(map(str, found.values()))} hold no {about.suffix} files in "
+                f"{about.recordings or 'class folders'}; use the official ones"
+            )
+        begun.unlink(missing_ok=True)
+        _name_if(True, folder, data_dir / "extract")
 
 
-def _spikingjelly_class(about: DataSet) -> type:
-    module, _, name = about.reader.rpartition(".")
-    with _torchaudio_or_placeholder():
-        return getattr(importlib.import_module(module), name)
+# Recordings to events -------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _torchaudio_or_placeholder() -> Iterator[None]:
-    """SpikingJelly 2.x imports torchaudio with every data set, for speech; its newest release refuses a newer torch."""
-    try:
-        importlib.import_module("torchaudio")
-    except Exception:  # RuntimeError for another CUDA, OSError for another torch, ImportError where it is absent
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
-            del sys.modules[name]
-        sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+class _Recording(NamedTuple):
+    """A recording and the samples, below the folder of events, that it gives."""
+
+    path: Path
+    samples: list[str]
+    spans: list[Span]  # of DVS128 Gesture
+
+
+def _make_events(
+    about: DataSet, recordings: Path, events_dir: Path, workers: int, skip_bad: bool
+) -> tuple[Path, list[BadFile]]:
+    found, bad = _recordings(about, recordings)
+    with _growing(events_dir) as folder:
+        there = sample_paths(folder).keys()
+        left = [recording for recording in found if not there >= set(recording.samples)]
+        if left:
+            print(f"converting {len(left)} recordings in {recordings} ...", flush=True)
+
+        def convert(recording: _Recording) -> list[BadFile]:
+            try:
+                samples = _samples_of(about, recording)
+            except RecordingError as error:
+                return [BadFile(error.path, error.what, name) for name in recording.samples]
+            for name, events in zip(recording.samples, samples, strict=True):
+                _save(folder / f"{name}.npz", events)
+            return []
+
+        for of_one in in_threads(convert, left, workers, "events"):
+            bad += of_one
+        return _name_if(not bad or skip_bad, folder, events_dir), bad
+
+
+def _recordings(about: DataSet, folder: Path) -> tuple[list[_Recording], list[BadFile]]:
+    """What there is to convert; and lists, labels and classes that are not as they should be."""
+    if not folder.is_dir():
+        return [], []
+    if about.has_split:
+        return _gesture_recordings(folder)
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found, bad = [], []
+    for path in classes:
+        files = sorted(file for file in path.glob(f"*{about.suffix}") if not file.name.startswith("."))
+        if not files:
+            bad.append(BadFile(path, f"is a class without {about.suffix} files"))
+        found += [_Recording(file, [sample_name(file)], []) for file in files]
+    return found, bad
+
+
+def _gesture_recordings(folder: Path) -> tuple[list[_Recording], list[BadFile]]:
+    """The recordings that the two lists of DVS128 Gesture name."""
+    found, bad = [], []
+    for part in ("train", "test"):
+        listed = folder / f"trials_to_{part}.txt"
         try:
-            yield
-        finally:
-            del sys.modules["torchaudio"]
-    else:
-        yield
+            lines = listed.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            bad.append(BadFile(listed, f"cannot be read ({error})"))
+            continue
+        for path in (folder / Path(line.strip()).name for line in lines if line.strip()):
+            try:
+                spans = read_spans(path.with_name(f"{path.stem}_labels.csv"))
+            except RecordingError as error:
+                bad.append(BadFile(error.path, error.what))
+                continue
+            counts = dict.fromkeys((span.label for span in spans), 0)
+            samples = []
+            for span in spans:
+                samples.append(f"{part}/{span.label}/{path.stem}_{counts[span.label]}")
+                counts[span.label] += 1
+            found.append(_Recording(path, samples, spans))
+    return found, bad
 
 
-def _run_spikingjelly(about: DataSet, root: Path, frames_name: str, T: int) -> None:
-    """Construct SpikingJelly's data set on ``root``: it makes events and frames as a side effect.
+def _samples_of(about: DataSet, recording: _Recording) -> list[Events]:
+    """The events of every sample of a recording.
 
-    A sample that it cannot make is dropped silently by 0.0.0.0.14, and stops 2.x with an error that does not name it:
-    the files themselves tell.
+    Raises:
+        RecordingError
     """
-    cls = _spikingjelly_class(about)
-    _mend_fromstring(sys.modules[cls.__module__])
-    # The archives were checked above. SpikingJelly would delete one whose checksum differs, or start to download.
-    unchecked = type(
-        cls.__name__, (cls,), {"resource_url_md5": staticmethod(list), "get_H_W": staticmethod(lambda: about.sensor)}
-    )
-    keywords = {"train": True} if about.has_split else {}
-    failure = None
-    with contextlib.redirect_stdout(io.StringIO()):  # a line for every file
-        try:
-            unchecked(str(root), data_type="frame", frames_number=T, split_by="number", **keywords)
-        except Exception as error:
-            failure = error
-    if not (root / "events_np").is_symlink():
-        _refuse_lost(_unconverted(about, root), "recordings that cannot be read")
-    if (root / frames_name).is_dir():
-        # A full disk or a kill leaves the beginning of a file: a zip archive without its end.
-        whole = {name for name in _sample_paths(root / frames_name) if zipfile.is_zipfile(root / frames_name / name)}
-        lost = _sample_paths(root / "events_np") - whole
-        lost = {
-            name for name in lost if not _made_again(about, root / "events_np" / name, root / frames_name / name, T)
-        }
-        _refuse_lost(sorted(lost), f"event files of {root.parent / 'events_np'} that gave no whole frames")
-    elif failure is not None:
-        raise UserError(
-            f"SpikingJelly cannot make frames of {about.title}: {type(failure).__name__}: {failure}; see the data "
-            "layout in README.md"
-        ) from failure
-    # What remains is DatasetFolder's refusal of a class without samples, after everything has been made.
-
-
-def _made_again(about: DataSet, events: Path, frames: Path, T: int) -> bool:
-    """Integrate one sample once more, now alone; whether that worked.
-
-    SpikingJelly works on many at a time, in threads; a whole file was seen to fail there, once, and never again.
-    """
-    with _torchaudio_or_placeholder():
-        module = importlib.import_module("spikingjelly.datasets")
-        module = module if hasattr(module, _INTEGRATE) else importlib.import_module("spikingjelly.datasets.utils")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            getattr(module, _INTEGRATE)(np.load, str(events), str(frames.parent), "number", T, *about.sensor)
-    except Exception:  # a damaged file, in one of many ways
-        return False
-    return zipfile.is_zipfile(frames)
-
-
-def _mend_fromstring(module: types.ModuleType) -> None:
-    """Give SpikingJelly 0.0.0.0.14's CIFAR10-DVS reader the binary ``np.fromstring`` that numpy removed.
-
-    The name ``np`` of that one module is replaced by a view of numpy that has it.
-    """
-    if module.__name__.endswith("cifar10_dvs") and hasattr(module, "np"):
-        module.np = types.SimpleNamespace(**{**vars(np), "fromstring": np.frombuffer})
-
-
-def _unconverted(about: DataSet, root: Path) -> list[str]:
-    """Recordings without an event file."""
-    recordings = root / "extract" / about.recordings
-    events = root / "events_np"
+    path = recording.path
     if not about.has_split:
-        wanted = {sample_name(path) for path in recordings.glob("*/*") if path.is_file()}
-        return sorted(wanted - {sample_name(path) for path in events.glob("*/*.npz")})
-    # One recording of DVS128 Gesture holds many samples, which carry its name and a number.
-    lists = [recordings / f"trials_to_{part}.txt" for part in ("train", "test")]
-    wanted = {Path(line.strip()).stem for path in lists for line in path.read_text().splitlines() if line.strip()}
-    return sorted(wanted - {path.stem.rpartition("_")[0] for path in events.rglob("*.npz")})
+        return [(read_aedat2 if about.suffix == ".aedat" else read_bin)(path)]
+    events, cut = read_aedat3(path)
+    last = int(events["t"].max(initial=0))
+    beyond = [span for span in recording.spans if span.end > last]
+    if cut and beyond:
+        raise RecordingError(path, f"is cut off at {last} us, before the end of {len(beyond)} of its labelled spans")
+    inside = (np.flatnonzero((events["t"] >= span.start) & (events["t"] < span.end)) for span in recording.spans)
+    return [{name: values[chosen] for name, values in events.items()} for chosen in inside]
 
 
-def _sample_paths(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*.npz")}
+# Events to frames -----------------------------------------------------------------------------------------------------
 
 
-def _refuse_lost(lost: Sequence[str], what: str) -> None:
-    if lost:
-        shown = ", ".join(lost[:10]) + (f" and {len(lost) - 10} more" if len(lost) > 10 else "")
-        raise UserError(f"{len(lost)} {what}: {shown}; replace or remove them, or make room")
+def _read_events(path: Path, sensor: tuple[int, int]) -> Events:
+    """The events of a file as SpikingJelly writes it.
+
+    Raises:
+        RecordingError: it is damaged, or has events outside the sensor.
+    """
+    try:
+        with np.load(path) as file:
+            events = {name: file[name] for name in ("t", "x", "y", "p")}
+    except Exception as error:  # numpy and zipfile raise many types on a damaged file
+        what = f"cannot be read, it is damaged or cut off ({type(error).__name__}: {error})"
+        raise RecordingError(path, what) from error
+    _check_events(path, events, sensor)
+    return events
+
+
+def _check_events(path: Path, events: Events, sensor: tuple[int, int]) -> None:
+    if len({values.shape for values in events.values()}) != 1 or events["t"].ndim != 1:
+        raise RecordingError(path, "has t, x, y and p of different lengths")
+    if not all(values.dtype.kind in "iub" for values in (events["x"], events["y"], events["p"])):
+        raise RecordingError(path, "has x, y or p that are no whole numbers")
+    height, width = sensor
+    largest = {axis: int(events[axis].max(initial=0)) for axis in "xy"}
+    if largest["x"] >= width or largest["y"] >= height or min(events[axis].min(initial=0) for axis in "xy") < 0:
+        raise RecordingError(
+            path,
+            f"has events up to x {largest['x']}, y {largest['y']}, and the sensor has {height}x{width} pixels; "
+            "--sensor-size HxW tells another size",
+        )

@@ -18,6 +18,7 @@ from utils.args import plain, words
 from utils.azo_record import AZORecord
 from utils.distributed import Process
 from utils.errors import UserError
+from utils.files import write_text
 from utils.versions import versions
 
 __all__ = ["RunLog", "check_output", "progress_bar", "write_evaluation"]
@@ -42,6 +43,7 @@ class RunLog:
         self.directory, self.process, self.log_dir = directory, process, log_dir
         self.azo = (AZORecord(net) or None) if process.is_first else None
         self._tensorboard = None
+        self._split: str | None = None
         self._began = time.monotonic()
 
     def header(self, lines: dict[str, Any], deviations: dict[str, tuple[Any, Any]]) -> None:
@@ -55,8 +57,12 @@ class RunLog:
         )
         print(f"{'deviations:':<12} {changed or 'none'}", flush=True)
 
-    def open(self, args: dict[str, Any], facts: dict[str, Any], epochs_done: int) -> None:
-        """Start writing: ``args.json``, and ``metrics.csv`` with the rows of the epochs that are done."""
+    def open(self, args: dict[str, Any], facts: dict[str, Any], epochs_done: int, split: str | None = None) -> None:
+        """Start writing: ``args.json``, ``metrics.csv`` with the rows of the epochs that are done, ``split.txt``.
+
+        Args:
+            split: the text of the split's file.
+        """
         if not self.process.is_first:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not for --help and evaluation
@@ -72,6 +78,9 @@ class RunLog:
             self.azo.start(self.directory, epochs_done)
         described = {"args": {k: plain(v) for k, v in args.items()}, **facts, "versions": versions(), "argv": sys.argv}
         (self.directory / "args.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        if split is not None:
+            write_text(self.directory / "split.txt", split)
+        self._split = facts.get("split")
         self._tensorboard = SummaryWriter(str(self.log_dir), purge_step=epochs_done + 1)
 
     def progress(self, batches: Iterable, what: str) -> Iterable:
@@ -99,7 +108,7 @@ class RunLog:
         print(
             f"epoch {epoch}/{epochs}  train loss {train['loss']:.4f} acc {train['acc1']:.2f} %  "
             f"test loss {test['loss']:.4f} acc {test['acc1']:.2f} % ({test['correct']}/{test['count']}){top5}  "
-            f"lr {lr:.3g}  {seconds:.1f} s{left_out}",
+            f"lr {lr:.3g}  {seconds:.1f} s{left_out}{_of_split(self._split)}",
             flush=True,
         )
 
@@ -110,7 +119,10 @@ class RunLog:
         self._tensorboard.close()
         print("final epoch:", end=" ")
         write_evaluation(self.directory, self.process, final, epoch="final", best=best, **facts)
-        print(f"best epoch: {best['epoch']} with acc1 {best['acc1']:.2f} % (selected on the test set, as published)")
+        print(
+            f"best epoch: {best['epoch']} with acc1 {best['acc1']:.2f} % (selected on the test set, as published)"
+            f"{_of_split(self._split)}"
+        )
         print(f"{time.monotonic() - self._began:.1f} s; everything is in {self.directory}", flush=True)
 
     @staticmethod
@@ -151,7 +163,12 @@ def write_evaluation(directory: Path, process: Process, result: dict[str, Any], 
         return
     top5 = f", acc5 {result['acc5']:.2f} %" if "acc5" in result else ""
     accuracy = f"{result['correct']} of {result['count']} correct: acc1 {result['acc1']:.2f} %{top5}"
-    print(f"{accuracy}, loss {result['loss']:.6f}")
+    print(f"{accuracy}, loss {result['loss']:.6f}{_of_split(facts.get('split'))}")
     directory.mkdir(parents=True, exist_ok=True)
     written = {**result, **{name: plain(value) for name, value in facts.items()}}
     (directory / "evaluation.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def _of_split(split: str | None) -> str:
+    """The end of a line with a result on event data."""
+    return f"  split: {split}" if split else ""
