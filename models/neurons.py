@@ -161,6 +161,8 @@ class _LIFSequence(torch.autograd.Function):
 
 
 class _LIFNode(neuron.LIFNode):
+    computes_lif = True  # models/sma.py may compute the same function in its own way
+
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         if not self.store_v_seq and self._is_python_loop(x_seq.device):
             v = self.v if torch.is_tensor(self.v) else None  # a number after a reset: 0

@@ -107,6 +107,199 @@ class _Conv2d(nn.Conv2d):
         return nn.functional.conv2d(x, weight, bias, padding=(rows, columns))
 
 
+# The fused path: all but the convolutions, without keeping more than backward needs. A pass over memory costs
+# more than the arithmetic: the loops over steps keep what they work on in the cache, and every feature map that is not
+# allocated saves its page faults, too.
+
+
+class _NormalizeAndFire(torch.autograd.Function):
+    """LIF(BatchNorm(y)) with a hard, detached reset to 0, and the mean of the spikes over H and W.
+
+    Keeps nothing but ``y``: backward computes the potentials again, with the same operations and so to the same bits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        v: Tensor | None,
+        bn: nn.BatchNorm2d,
+        node: nn.Module,
+        overwrite: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``y`` ``[T, B, C, H, W]``, normalised by ``mean`` and ``var`` ``[C]``; ``v``: the first potential (None: 0).
+
+        Returns:
+            Spikes like ``y`` (in its memory with ``overwrite``), their means ``[T, B, C]`` and the last potential.
+        """
+        ctx.save_for_backward(y, weight, bias, mean, var, v)
+        ctx.bn, ctx.node, ctx.batch_statistics = bn, node, bn.training
+        ctx.set_materialize_grads(False)  # nothing depends on the last potential, as a rule
+        scale, shift = _charge_of_input(weight, bias, mean, var, bn.eps, node)
+        spikes = y if overwrite else torch.empty_like(y)
+        means = y.new_empty(y.shape[:3])
+        for t in range(len(y)):
+            u = _potential(y[t], scale, shift, v, node)
+            v = _reset(u, torch.ge(u, node.v_threshold, out=spikes[t]))
+            torch.mean(spikes[t], (-2, -1), out=means[t])
+        return spikes, means, v
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx,
+        grad_spikes: Tensor | None,
+        grad_means: Tensor | None,
+        grad_v: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of ``y``, ``weight``, ``bias`` and ``v``."""
+        y, weight, bias, mean, var, v = ctx.saved_tensors
+        node, eps, threshold = ctx.node, ctx.bn.eps, ctx.node.v_threshold
+        scale, shift = _charge_of_input(weight, bias, mean, var, eps, node)
+        potentials = torch.empty_like(y, dtype=scale.dtype)  # before the reset; then, step by step, the gradient
+        for t in range(len(y)):
+            u = _potential(y[t], scale, shift, v, node, out=potentials[t])
+            v = _reset(u, torch.ge(u, threshold, out=torch.empty_like(u)))
+        keep, gain = _leak(node)
+        alpha = node.surrogate_function.alpha
+        pixels = y.shape[-2] * y.shape[-1]
+        for t in reversed(range(len(y))):
+            u = potentials[t]
+            grad = torch.zeros_like(u) if grad_spikes is None else grad_spikes[t]
+            if grad_means is not None:
+                grad = grad + grad_means[t, ..., None, None] / pixels
+            # ATan: d spike / d u = (alpha / 2) / (1 + (pi / 2 * alpha * (u - threshold))^2)
+            slope = u.sub(threshold).mul_(torch.pi / 2 * alpha).square_().add_(1.0).reciprocal_().mul_(alpha / 2)
+            slope.mul_(grad)
+            if grad_v is not None:  # a reset passes no gradient on
+                slope.addcmul_(grad_v, torch.lt(u, threshold, out=torch.empty_like(u)))
+            torch.mul(slope, gain, out=u)
+            grad_v = slope.mul_(keep)
+        grad_y, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            potentials.to(y.dtype).flatten(0, 1),
+            y.flatten(0, 1),
+            weight,
+            mean,
+            var,
+            mean,
+            (var + eps).rsqrt(),
+            ctx.batch_statistics,
+            eps,
+            [True, True, True],
+        )
+        grad_v = grad_v if ctx.needs_input_grad[5] else None
+        return grad_y.view_as(y), grad_weight, grad_bias, None, None, grad_v, None, None, None
+
+
+def _leak(node: nn.Module) -> tuple[float, float]:
+    """``keep`` and ``gain`` of a LIF neuron: ``u = keep * v + gain * x``."""
+    return 1.0 - 1.0 / node.tau, 1.0 / node.tau if node.decay_input else 1.0
+
+
+def _charge_of_input(
+    weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, node: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """What BatchNorm makes of ``y``, times the neuron's gain: ``scale * y + shift``, each ``[C, 1, 1]``."""
+    scale = weight * (var + eps).rsqrt()
+    charge = torch.stack([scale, bias - mean * scale]) * _leak(node)[1]
+    return charge[0, :, None, None], charge[1, :, None, None]
+
+
+def _potential(
+    y: Tensor, scale: Tensor, shift: Tensor, v: Tensor | None, node: nn.Module, out: Tensor | None = None
+) -> Tensor:
+    """The potential of one step before the reset, ``[B, C, H, W]``."""
+    u = torch.mul(y, scale, out=out).add_(shift)
+    return u if v is None else u.add_(v, alpha=_leak(node)[0])
+
+
+def _reset(u: Tensor, spikes: Tensor) -> Tensor:
+    """``u - u * spikes``: products are several times faster than masks."""
+    return torch.addcmul(u, u, spikes.to(u.dtype), value=-1.0)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """``out = sum over s of z_s`` with ``z_s = weights_s * f_s``, a step of ``z_s`` replaced by the one before by AZO.
+
+    A replaced ``z_s[t]`` is ``z_s[t - 1]``, so the sum reads ``f_s[t - 1]`` there and no ``z`` is ever made. Of spikes
+    one bit is kept for backward; other features are kept as they are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        weights: Tensor,
+        replaced: Tensor | None,
+        are_spikes: bool,
+        *features: Tensor,
+    ) -> Tensor:
+        """``weights`` ``[S, T, B, C]``, ``replaced`` ``[S, T, C]`` bool or None, S features ``[T, B, C, H, W]``."""
+        own, borrowed, borrows = _shares(weights, replaced)
+        out = torch.empty_like(features[0], dtype=torch.result_type(weights, features[0]))
+        for t, sum_of_step in enumerate(out):
+            torch.mul(features[0][t], own[0, t], out=sum_of_step)
+            for s, f in enumerate(features):
+                if s > 0:
+                    sum_of_step.addcmul_(f[t], own[s, t])
+                if borrows[s][t]:
+                    sum_of_step.addcmul_(f[t - 1], borrowed[s, t])
+        ctx.are_spikes, ctx.shape, ctx.dtype = are_spikes, features[0].shape, features[0].dtype
+        if any(ctx.needs_input_grad):
+            kept = [_pack(f) for f in features] if are_spikes else features
+            ctx.save_for_backward(weights, replaced, *kept)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``weights`` and of the features."""
+        weights, replaced, *kept = ctx.saved_tensors
+        own, borrowed, borrows = _shares(weights, replaced)
+        grad_own, grad_borrowed = torch.zeros_like(weights), torch.zeros_like(weights)
+        grad_features = [torch.empty_like(grad, dtype=ctx.dtype) for _ in kept]
+        for t in range(len(grad)):
+            for s, kept_of_scale in enumerate(kept):
+                f = _unpack(kept_of_scale[t], grad[t]) if ctx.are_spikes else kept_of_scale[t]
+                grad_own[s, t] = (grad[t] * f).sum((-2, -1))
+                torch.mul(grad[t], own[s, t], out=grad_features[s][t])
+                if t + 1 < len(grad) and borrows[s][t + 1]:
+                    grad_borrowed[s, t + 1] = (grad[t + 1] * f).sum((-2, -1))
+                    grad_features[s][t].addcmul_(grad[t + 1], borrowed[s, t + 1])
+        if replaced is not None:
+            replaced = replaced[:, :, None]
+            grad_own = grad_own * ~replaced
+            grad_own[:, :-1] += (grad_borrowed * replaced)[:, 1:]
+        return grad_own, None, None, *grad_features
+
+
+def _shares(weights: Tensor, replaced: Tensor | None) -> tuple[Tensor, Tensor, list[list[bool]]]:
+    """What every step takes of its own features and of the step before, ``[S, T, B, C, 1, 1]``, and who takes any."""
+    if replaced is None:
+        return weights[..., None, None], weights, [[False] * weights.shape[1]] * len(weights)
+    of_channels = replaced[:, :, None]  # for the whole batch
+    own = weights * ~of_channels
+    borrowed = torch.zeros_like(weights)
+    borrowed[:, 1:] = weights[:, :-1] * of_channels[:, 1:]
+    return own[..., None, None], borrowed[..., None, None], replaced.any(2).tolist()
+
+
+def _pack(spikes: Tensor) -> Tensor:
+    """Spikes ``[T, ...]`` as bits ``[T, bytes]``: bit j of byte i is spike ``j * bytes + i`` of its step."""
+    powers = 2.0 ** torch.arange(8, dtype=spikes.dtype, device=spikes.device)
+    steps = [nn.functional.pad(step.flatten(), (0, -step.numel() % 8)).view(8, -1) for step in spikes]
+    return torch.stack([(powers @ step).to(torch.uint8) for step in steps])
+
+
+def _unpack(bits: Tensor, like: Tensor) -> Tensor:
+    """The spikes of a step, packed by :func:`_pack`, in shape and type of ``like``."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)[:, None]
+    return ((bits >> shifts) & 1).flatten()[: like.numel()].view(like.shape).to(like.dtype)
+
+
 class _Branch(nn.Module):
     """One scale: activation(BN(Conv_k(x))), channel -> channel, ``[T, B, C, H, W]`` to the same shape."""
 
@@ -124,6 +317,59 @@ class _Branch(nn.Module):
         y = self.bn(self.conv(rearrange(x, "t b c h w -> (t b) c h w")))  # statistics over T, B, H and W
         y = rearrange(y, "(t b) c h w -> t b c h w", t=x.shape[0])
         return self.lif(y) if hasattr(self, "lif") else self.act(y)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output of the branch and its mean over H and W, ``[T, B, C]``."""
+        if x.device.type != "cpu" or not self._can_be_fused():
+            features = self(x)
+            return features, features.mean((-2, -1))
+        y = self.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        v = self.lif.v if torch.is_tensor(self.lif.v) else None  # a number after a reset: 0
+        mean, var = _statistics(self.bn, y)
+        overwrite = not torch.is_grad_enabled()
+        affine = self.bn.weight, self.bn.bias
+        features, means, self.lif.v = _NormalizeAndFire.apply(y, *affine, mean, var, v, self.bn, self.lif, overwrite)
+        return features, means
+
+    def gives_spikes(self) -> bool:
+        """Whether the branch ends with the neuron that :class:`_NormalizeAndFire` computes: its output is 0 or 1."""
+        node = getattr(self, "lif", None)
+        return (
+            (type(node) is neuron.LIFNode or getattr(node, "computes_lif", False))
+            and isinstance(node.surrogate_function, surrogate.ATan)
+            and node.surrogate_function.spiking
+            and node.step_mode == "m"
+            and node.v_reset == 0.0
+            and node.detach_reset
+        )
+
+    def _can_be_fused(self) -> bool:
+        bn = self.bn
+        return (
+            self.gives_spikes()
+            and not self.lif.store_v_seq
+            and type(bn) is nn.BatchNorm2d
+            and bn.affine
+            and bn.track_running_stats
+            and bn.momentum is not None
+            and not self._is_watched()
+        )
+
+    def _is_watched(self) -> bool:
+        """Whether a hook wants to see what the modules of the branch give."""
+        return torch.nn.modules.module._has_any_global_hook() or any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+            for m in self.modules()
+        )
+
+
+def _statistics(bn: nn.BatchNorm2d, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance ``[C]`` by which ``bn`` normalises; in training those of ``y``, and the running ones follow."""
+    if not bn.training:
+        return bn.running_mean, bn.running_var
+    bn.num_batches_tracked.add_(1)
+    with torch.no_grad():
+        return torch.batch_norm_update_stats(y.flatten(0, 1), bn.running_mean, bn.running_var, bn.momentum)
 
 
 class SMA(nn.Module):
@@ -194,17 +440,16 @@ class SMA(nn.Module):
                 f"{type(self).__name__} was built for [T={self.time}, B, C={self.channel}, H, W] and got "
                 f"{list(x.shape)}; T and C are part of its weights, so build it for the T and C of the input"
             )
-        features = torch.stack([branch(x) for branch in self.S_Convs])  # [S, T, B, C, H, W]
-        w_time, w_channel = self.attention_weights(features)
+        features, means = zip(*(branch.encode(x) for branch in self.S_Convs), strict=True)
+        w_time, w_channel = self._weights(torch.stack(means).sum(0))
         weights = w_time[..., None] * (w_channel if w_channel.ndim == 4 else w_channel[:, None])  # [S, T, B, C]
-        z = rearrange(weights, "s t b c -> s t b c 1 1") * features
         replaced = None
         if self.AZO and self.training:
             replaced = _zoneout_choice(w_time, w_channel, self.RTR, self.RCR)
-            z = _replace_by_previous(z, replaced)
         if self.observer is not None:
             self.observer(w_time.detach(), w_channel.detach(), replaced)
-        return z.sum(0)
+        are_spikes = all(branch.gives_spikes() for branch in self.S_Convs)
+        return _WeightedSum.apply(weights, replaced, are_spikes, *features)
 
     def attention_weights(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of the scales from the branch outputs ``[S, T, B, C, H, W]``.
@@ -213,7 +458,10 @@ class SMA(nn.Module):
             Time weights ``[S, T, B]`` and channel weights ``[S, T, B, C]`` (``[S, B, C]`` for SMA-L); either sums
             to 1 over the scales.
         """
-        g = reduce(features, "s t b c h w -> s t b c", "mean").sum(0)  # the squeeze: mean over H, W of the sum over S
+        return self._weights(reduce(features, "s t b c h w -> s t b c", "mean").sum(0))
+
+    def _weights(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from the squeeze ``g`` ``[T, B, C]``: the mean over H and W of the sum over the scales."""
         return self._time_weights(g), self._channel_weights(g)
 
     def _time_weights(self, g: Tensor) -> Tensor:
