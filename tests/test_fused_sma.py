@@ -46,10 +46,11 @@ def assert_equal(found, expected, tolerance):
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("activation", [lif, "lif", "relu"], ids=["lif of models", "lif of sma.py", "relu"])
+@pytest.mark.parametrize("groups", [1, "channel"])
 @pytest.mark.parametrize("cls", [SMA, SMA_L])
-def test_it_is_the_direct_form(cls, activation, training):
+def test_it_is_the_direct_form(cls, groups, activation, training):
     """Two calls without a reset between them, and the state that they leave behind."""
-    ours = make(cls, activation=activation, AZO=True, RCR=2, RTR=2).train(training)
+    ours = make(cls, activation=activation, groups=groups, AZO=True, RCR=2, RTR=2).train(training)
     direct = as_direct(ours)
     x, weights = inputs()
     for call in range(2):
@@ -163,6 +164,38 @@ def test_backward_keeps_the_convolutions_outputs_and_bits():
     whole = x.numel() * 4
     assert sorted(size for size in sizes.values() if size >= whole / 4) == [whole] * 3  # x, two outputs
     assert sum(size == whole / 32 for size in sizes.values()) == 2
+
+
+@pytest.mark.parametrize("activation", ["lif", "relu"])
+def test_checkpointing_keeps_less_and_changes_no_bit(activation):
+    """Two calls, so that the neurons start from potentials and the running statistics from something."""
+    keywords = {"dtype": torch.float32, "activation": activation, "AZO": True, "RCR": 2, "RTR": 2}
+    results, kept = [], []
+    for checkpoint in (False, True):
+        sma = make(**keywords, checkpoint=checkpoint)
+        results.append([])
+        for _ in range(2):
+            storages = {}
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, found=storages: found.update({t.untyped_storage().data_ptr(): t.numel()}) or t, lambda t: t
+            ):
+                x, weights = inputs(dtype=torch.float32)
+                results[-1].append(a_pass(sma, x, weights))
+            for branch in sma.S_Convs:
+                if activation == "lif":
+                    branch.lif.v = branch.lif.v.detach()
+        results[-1].append(sma.state_dict())
+        kept.append(sum(size for size in storages.values() if size >= x.numel() / 8))
+    for one, other in zip(*results, strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert kept[1] < 0.8 * kept[0]
+
+
+def test_depthwise_branches_have_the_published_names():
+    published, depthwise = make().state_dict(), make(groups="channel").state_dict()
+    differing = [name for name, value in published.items() if depthwise.pop(name).shape != value.shape]
+    assert not depthwise and differing == [f"S_Convs.{s}.conv.weight" for s in range(4)]
+    assert make(groups="channel").S_Convs[3].conv.weight.shape == (12, 1, 7, 7)
 
 
 def test_evaluation_writes_over_no_input_and_no_weight():
