@@ -241,7 +241,7 @@ class _WeightedSum(torch.autograd.Function):
     ) -> Tensor:
         """``weights`` ``[S, T, B, C]``, ``replaced`` ``[S, T, C]`` bool or None, S features ``[T, B, C, H, W]``."""
         own, borrowed, borrows = _shares(weights, replaced)
-        out = torch.empty_like(features[0], dtype=torch.result_type(weights, features[0]))
+        out = torch.empty_like(features[0], dtype=torch.promote_types(weights.dtype, features[0].dtype))
         for t, sum_of_step in enumerate(out):
             torch.mul(features[0][t], own[0, t], out=sum_of_step)
             for s, f in enumerate(features):
@@ -486,6 +486,9 @@ class SMA(nn.Module):
             replaced = _zoneout_choice(w_time, w_channel, self.RTR, self.RCR)
         if self.observer is not None:
             self.observer(w_time.detach(), w_channel.detach(), replaced)
+        if torch.compiler.is_compiling():  # the compiler fuses the equation as it stands
+            z = weights[..., None, None] * torch.stack(features)
+            return (z if replaced is None else _replace_by_previous(z, replaced)).sum(0)
         are_spikes = all(branch.gives_spikes() for branch in self.S_Convs)
         return _WeightedSum.apply(weights, replaced, are_spikes, *features)
 

@@ -241,3 +241,30 @@ def test_a_whole_network_is_its_direct_form():
     assert_equal(*grads, 1e-9)
     net.eval(), direct.eval()
     torch.testing.assert_close(net(x), direct(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("activation", [lif, "relu"], ids=["lif", "relu"])
+def test_it_compiles_to_one_graph_in_both_modes(activation):
+    keywords = {"time": 2, "kernels": [1, 3], "activation": activation, "AZO": True, "RCR": 2, "RTR": 1}
+    eager, compiled = make(**keywords), make(**keywords)
+    torch._dynamo.reset()
+    run = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    x, weights = inputs()
+    for training in (True, False):
+        results = []
+        for sma, function in ((eager.train(training), eager), (compiled.train(training), run)):
+            given = x[:2].clone().requires_grad_(training)
+            output = function(given)
+            if training:
+                (output * weights[:2]).sum().backward()
+            results.append([output, given.grad, *(p.grad for p in sma.parameters())][: None if training else 1])
+            reset_net(sma)
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_a_whole_network_compiles_without_a_break():
+    net = sma_vgg8_dvs128(T=2, width=0.125, sma_blocks=[3], kernels=[1, 3], T_reduction=2, RCR=4, RTR=2)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(net)(torch.rand(2, 1, 2, 32, 32))
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
