@@ -14,8 +14,9 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor, nn
 
 from models import SMA
+from models.neurons import Rectangle
 
-__all__ = ["as_direct", "direct_zoneout"]
+__all__ = ["PublishedNeuron", "as_direct", "direct_zoneout"]
 
 
 class _DirectSMA(SMA):
@@ -61,16 +62,40 @@ def direct_zoneout(z: Tensor, w_time: Tensor, w_channel: Tensor, RTR: int, RCR: 
     return out
 
 
+class PublishedNeuron(nn.Module):
+    """The neuron of ImageNet as a Python loop over the steps, all of it recorded by autograd.
+
+    ``u_t = 0.25 u_{t-1} (1 - s_{t-1}) + x_t``, ``s_t = [u_t >= 0.5]``; written from the equation.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.spike = Rectangle()
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = s = torch.zeros_like(x[0])
+        spikes = []
+        for step in x:
+            u = 0.25 * u * (1 - s.detach()) + step
+            s = self.spike(u - 0.5)
+            spikes.append(s)
+        return torch.stack(spikes)
+
+
 def as_direct(net: nn.Module) -> nn.Module:
-    """A copy of ``net`` with the same weights, SMA by its equations and the LIF neurons as SpikingJelly makes them."""
+    """A copy of ``net`` with the same weights, SMA by its equations, and neurons by SpikingJelly or their equation."""
     net = copy.deepcopy(net)
     for module in list(net.modules()):
         if isinstance(module, SMA):
             module.__class__ = _DirectSMA
         for name, child in list(module.named_children()):
-            if isinstance(child, neuron.LIFNode) and isinstance(child.surrogate_function, surrogate.ATan):
-                plain = {
-                    key: getattr(child, key) for key in ("tau", "decay_input", "v_threshold", "v_reset", "detach_reset")
-                }
-                setattr(module, name, neuron.LIFNode(**plain, surrogate_function=surrogate.ATan(), step_mode="m"))
+            if isinstance(child, neuron.LIFNode):
+                setattr(module, name, _direct_neuron(child))
     return net
+
+
+def _direct_neuron(node: neuron.LIFNode) -> nn.Module:
+    if isinstance(node.surrogate_function, Rectangle):
+        return PublishedNeuron()
+    same = {key: getattr(node, key) for key in ("tau", "decay_input", "v_threshold", "v_reset", "detach_reset")}
+    return neuron.LIFNode(**same, surrogate_function=surrogate.ATan(), step_mode="m")
