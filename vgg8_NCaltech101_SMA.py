@@ -58,6 +58,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> VGG8:
         width=args.width,
         sma_blocks=args.sma_blocks,
         branch_activation=args.branch_activation,
+        branch_groups=args.branch_groups,
+        checkpoint=args.checkpoint_activations,
         AZO=args.AZO,
         RCR=args.RCR,
         RTR=args.RTR,
@@ -118,7 +120,7 @@ def main() -> None:
                     batches = stop.watch(log.progress(train_batches, f"train {epoch}/{args.epochs}"))
                     train = train_one_epoch(
                         trained, batches, tet, optimizer, scaler, process.device, args.amp,
-                        epoch=epoch, progress=progress, nan_limit=args.nan_limit,
+                        accumulate=args.accumulate, epoch=epoch, progress=progress, nan_limit=args.nan_limit,
                     )  # fmt: skip
                     batches = stop.watch(log.progress(test_batches, f"test {epoch}/{args.epochs}"))
                     test = evaluate(net, batches, tet, process.device)

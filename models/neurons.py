@@ -111,10 +111,11 @@ class _LIFSequence(torch.autograd.Function):
 
         Without ``v`` the potential starts at 0.
         """
-        potentials = torch.empty_like(x)  # before the reset
+        keeps = any(ctx.needs_input_grad)
+        potentials = torch.empty_like(x if keeps else x[:1])  # before the reset, all of them for backward
         spikes = torch.empty_like(x)
         for t in range(x.shape[0]):
-            u = potentials[t]
+            u = potentials[t if keeps else 0]
             if node.decay_input:  # u = v + (x - v) / tau
                 if v is None:
                     torch.div(x[t], node.tau, out=u)
@@ -128,7 +129,8 @@ class _LIFSequence(torch.autograd.Function):
                 u.add_(x[t])
             torch.ge(u, node.v_threshold, out=spikes[t])
             v = torch.addcmul(u, u, spikes[t], value=-1.0)  # u - u * s: products are several times faster than masks
-        ctx.save_for_backward(potentials)
+        if keeps:
+            ctx.save_for_backward(potentials)
         ctx.node = node
         ctx.set_materialize_grads(False)  # nothing depends on the last potential, as a rule
         return spikes, v
@@ -161,6 +163,8 @@ class _LIFSequence(torch.autograd.Function):
 
 
 class _LIFNode(neuron.LIFNode):
+    computes_lif = True  # models/sma.py may compute the same function in its own way
+
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         if not self.store_v_seq and self._is_python_loop(x_seq.device):
             v = self.v if torch.is_tensor(self.v) else None  # a number after a reset: 0

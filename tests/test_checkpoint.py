@@ -144,14 +144,20 @@ def test_what_is_no_weights_file_is_refused_in_one_sentence(write, message, tmp_
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({}, {"num_classes": 3, "width": 0.125, "sma_blocks": [2, 3], "timesteps": 4, "branch_activation": "lif"}),
         (
-            {"T": 6, "sma_blocks": [1, 4], "branch_activation": "relu", "width": 0.25, "num_classes": 7},
-            {"num_classes": 7, "width": 0.25, "sma_blocks": [1, 4], "timesteps": 6, "branch_activation": "relu"},
+            {},
+            {"num_classes": 3, "width": 0.125, "sma_blocks": [2, 3], "timesteps": 4, "branch_activation": "lif",
+             "branch_groups": 1},
+        ),
+        (
+            {"T": 6, "sma_blocks": [1, 4], "branch_activation": "relu", "width": 0.25, "num_classes": 7,
+             "branch_groups": "channel"},
+            {"num_classes": 7, "width": 0.25, "sma_blocks": [1, 4], "timesteps": 6, "branch_activation": "relu",
+             "branch_groups": "channel"},
         ),
         ({"sma_blocks": []}, {"num_classes": 3, "width": 0.125, "sma_blocks": []}),
     ],
-)
+)  # fmt: skip
 def test_the_network_is_told_from_the_shapes(arguments, expected):
     assert describe_vgg8(small(**arguments).state_dict()) == expected
 

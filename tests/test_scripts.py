@@ -89,6 +89,23 @@ def test_t_of_a_network_without_sma_is_told_by_the_run_s_file(script, gesture_da
     assert repeated["correct"] == reported["correct"]
 
 
+def test_depthwise_branches_checkpointing_and_accumulation(script, gesture_data, tmp_path):
+    """The same weights with and without checkpointing; the file tells its branches; a run goes on as it was."""
+    command = [*SMALL, "--data-dir", gesture_data, "--epochs", 1, "--accumulate", 2, "--branch-groups", "channel"]
+    for name, more in (("a", []), ("b", ["--checkpoint-activations"])):
+        code, out, err = script("dvs128", *command, *more, "--output-dir", tmp_path / name)
+        assert code == 0 and "lif, depthwise branches" in out and "in 2 parts of 2" in out, err
+    assert same_weights(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
+    weights = ["--weights", tmp_path / "a/last.pt", "--data-dir", gesture_data, "--device", "cpu"]
+    assert script("dvs128", "--evaluate", *weights, "--output-dir", tmp_path / "c")[0] == 0
+    code, _, err = script("dvs128", "--evaluate", *weights, "--branch-groups", "1", "--output-dir", tmp_path / "d")
+    assert code == 2 and "--branch-groups 1 does not fit weights file" in err
+    code, _, err = script("dvs128", *command[:-4], "--output-dir", tmp_path / "a")
+    assert code == 2 and "branch_groups is channel there and 1 here" in err
+    code, _, err = script("dvs128", *command, "--accumulate", 3)
+    assert code == 2 and "--accumulate 3 does not divide --batch-size 4" in err
+
+
 def test_the_same_command_on_a_finished_run_evaluates_it_again(script, gesture_data, tmp_path):
     command = ["dvs128", *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path, "--epochs", 1]
     assert script(*command)[0] == 0

@@ -146,6 +146,7 @@ def test_a_fractional_time_reduction_gives_whole_units():
         ({"AZO": True, "RTR": 17}, r"RTR=17 leaves AZO no step of time=16; use 1 to 16"),
         ({"RTR": 0}, r"RTR=0 must be a whole number of at least 1"),
         ({"AZO": True, "RCR": 513}, r"RCR=513 leaves AZO no channel of channel=512; use 1 to 512"),
+        ({"groups": 4}, r"groups=4 must be 1, the published form, or 'channel'"),
         ({"activation": "gelu"}, r"activation='gelu' must be 'lif', 'relu' or a callable"),
     ],
 )

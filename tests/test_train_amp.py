@@ -117,8 +117,10 @@ def test_the_network_is_told_from_its_weights(factory, net, places):
         weights = factory(T=4, width=0.125, num_classes=7, sma_blocks=given).state_dict()
         expected = {"num_classes": 7, "width": 0.125, "net": net}
         expected |= {"sma_blocks": told} if told else {}  # in ResNet-18 first-two and all are the same network
-        expected |= {"timesteps": 4} if given != "none" else {}
+        expected |= {"timesteps": 4, "branch_groups": 1} if given != "none" else {}
         assert describe_ms_resnet(weights) == expected
+    depthwise = factory(T=4, width=0.125, branch_groups="channel").state_dict()
+    assert describe_ms_resnet(depthwise)["branch_groups"] == "channel"
 
 
 def test_evaluation_needs_no_training_images(script, images, tmp_path):

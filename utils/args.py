@@ -22,7 +22,9 @@ __all__ = [
     "COMMON",
     "ScriptParser",
     "above_zero",
+    "add_accumulate",
     "add_azo",
+    "add_branches",
     "add_run",
     "complete",
     "not_negative",
@@ -53,6 +55,9 @@ COMMON: dict[str, Any] = {
     "num_workers": None,
     "local_rank": None,
     "width": 1.0,
+    "branch_groups": 1,
+    "checkpoint_activations": False,
+    "accumulate": 1,
 }
 
 _MOST_WORKERS = 8
@@ -81,6 +86,20 @@ def add_azo(add: Callable[..., None], recipe: Mapping[str, Any], default: bool) 
     add("--AZO", action=argparse.BooleanOptionalAction, help="Attention ZoneOut in training", default=shown)
     add("--RCR", type=whole(1), metavar="N", help="AZO: channels / RCR are replaced", default=recipe["RCR"])
     add("--RTR", type=whole(1), metavar="N", help="AZO: in T / RTR steps", default=recipe["RTR"])
+
+
+def add_branches(add: Callable[..., None]) -> None:
+    """Add the arguments of the convolutions inside SMA."""
+    add("--branch-groups", type=lambda text: 1 if text == "1" else text, choices=(1, "channel"),
+        help="of the convolutions inside SMA: channel makes them depthwise", default=1)  # fmt: skip
+    add("--checkpoint-activations", action="store_true",
+        help="keep less of SMA for backward and compute it again: less memory, same result")  # fmt: skip
+
+
+def add_accumulate(add: Callable[..., None]) -> None:
+    """Add the argument of gradient accumulation."""
+    add("--accumulate", type=whole(1), metavar="N",
+        help="compute a batch in N parts, in less memory; BatchNorm and AZO see one part", default=1)  # fmt: skip
 
 
 def add_run(parser: ScriptParser, name: str) -> None:

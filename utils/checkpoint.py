@@ -68,8 +68,8 @@ def describe_vgg8(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Tell the constructor arguments of an SMA-VGG8 from the names and shapes of its weights.
 
     Returns:
-        ``num_classes``, ``width``, ``sma_blocks`` and, where there is SMA, ``timesteps`` and ``branch_activation``;
-        an empty dictionary where these are not the weights of a VGG8.
+        ``num_classes``, ``width``, ``sma_blocks`` and, where there is SMA, ``timesteps``, ``branch_activation`` and
+        ``branch_groups``; an empty dictionary where these are not the weights of a VGG8.
     """
     first, last = weights.get("block1.0.0.weight"), weights.get("others.8.weight")
     if first is None or last is None:
@@ -80,6 +80,7 @@ def describe_vgg8(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         sma = f"block{blocks[0]}.1."
         found["timesteps"] = weights[sma + "T_before_attention_conv.weight"].shape[1]
         found["branch_activation"] = "relu" if sma + "S_Convs.0.bn.bn.weight" in weights else "lif"
+        found["branch_groups"] = _groups(weights[sma + "S_Convs.0.conv.weight"])
     return found
 
 
@@ -87,9 +88,9 @@ def describe_ms_resnet(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Tell the constructor arguments of an SMA-MS-ResNet from the names and shapes of its weights.
 
     Returns:
-        ``num_classes``, ``width``, ``net`` (``"resnet18"``, ...), where there is SMA ``timesteps``, and ``sma_blocks``
-        unless two of its values mean the same; an empty dictionary where these are not the weights of one of the three
-        networks.
+        ``num_classes``, ``width``, ``net`` (``"resnet18"``, ...), where there is SMA ``timesteps`` and
+        ``branch_groups``, and ``sma_blocks`` unless two of its values mean the same; an empty dictionary where these
+        are not the weights of one of the three networks.
     """
     first, last = weights.get("conv1.0.weight"), weights.get("fc.weight")
     stages = [len({name.split(".")[1] for name in weights if name.startswith(f"conv{n}_x.")}) for n in range(2, 6)]
@@ -105,7 +106,13 @@ def describe_ms_resnet(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         found["sma_blocks"] = fitting[0]
     if with_sma:
         found["timesteps"] = weights[with_sma[0]].shape[1]
+        found["branch_groups"] = _groups(weights[with_sma[0].replace("T_before_attention_conv", "S_Convs.0.conv")])
     return found
+
+
+def _groups(branch_weight: Tensor) -> int | str:
+    """``groups`` of SMA from the weight of a branch convolution, ``[C, C / groups, k, k]``."""
+    return "channel" if branch_weight.shape[1] < branch_weight.shape[0] else 1
 
 
 def _put_weights(net: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:

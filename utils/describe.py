@@ -19,7 +19,8 @@ def describe_event_run(args: Any, data: EventData, net: nn.Module, backend: str,
     """The header of a run on event data, name to words."""
     height, width = data.frame_size
     blocks = ", ".join(map(str, args.sma_blocks)) or "no blocks"
-    branches = f" ({args.branch_activation} branches)" if args.sma_blocks else ""
+    branches = f" ({args.branch_activation}{_depthwise(args)} branches)" if args.sma_blocks else ""
+    parts = f", in {args.accumulate} parts of {args.batch_size // args.accumulate}" if args.accumulate > 1 else ""
     facts = {
         "data": data.title,
         "samples": f"{len(data.train)} training, {len(data.test)} test, {len(data.classes)} classes",
@@ -27,7 +28,7 @@ def describe_event_run(args: Any, data: EventData, net: nn.Module, backend: str,
         "left out": f"{len(data.left_out)} bad files" if data.left_out else "",
         "input": f"T = {args.timesteps}, frames {height}x{width}",
         "network": f"SMA-VGG8, SMA in {blocks}{branches}, {_azo(args)}, width {args.width:g}, {_size(net)}",
-        "batch": f"{args.batch_size} per process, {process.world_size * args.batch_size} global",
+        "batch": f"{args.batch_size} per process, {process.world_size * args.batch_size} global{parts}",
     }
     return _with_common_facts(facts, args, backend, process)
 
@@ -43,8 +44,8 @@ def describe_image_run(args: Any, data: ImageData, net: nn.Module, backend: str,
         "data": data.title,
         "samples": f"{training}{len(data.test)} test (in {data.test.folder}), {len(data.classes)} classes",
         "input": f"T = {args.timesteps}, crops of {args.image_size} (test {args.test_crop}) pixels, by {args.decoder}",
-        "network": f"SMA-MS-ResNet-{args.net.removeprefix('resnet')}, SMA in {args.sma_blocks} blocks, {_azo(args)}, "
-        f"width {args.width:g}, {_size(net)}",
+        "network": f"SMA-MS-ResNet-{args.net.removeprefix('resnet')}, SMA in {args.sma_blocks} blocks"
+        f"{_depthwise(args)}, {_azo(args)}, width {args.width:g}, {_size(net)}",
         "batch": f"{args.batch_size} global, {per_process} per process{parts}",
         "options": "" if args.evaluate else ", ".join(options).replace("_", " "),
     }
@@ -63,6 +64,10 @@ def _with_common_facts(facts: dict[str, str], args: Any, backend: str, process: 
         "output": str(args.output_dir),
     }
     return {name: words for name, words in facts.items() if words}
+
+
+def _depthwise(args: Any) -> str:
+    return ", depthwise" if args.branch_groups == "channel" else ""
 
 
 def _azo(args: Any) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models.folding import folded
 from models.neurons import reset_net
 from utils.distributed import broadcast_buffers, largest_over_processes, sum_over_processes
 from utils.errors import UserError
@@ -173,12 +174,14 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate every sample once, in float32 as published; exact for any number of processes and any batch size.
 
+    BatchNorm is folded into the convolutions of a copy, which changes rounding only; ``net`` stays as it is.
     ``batches`` of all processes together hold every sample once (no padding). Returns as :func:`train_one_epoch`;
     with ``top`` above 1 also ``acc<top>`` and ``correct<top>``: the label is among the ``top`` largest logits.
     """
     net.eval()
     reset_net(net)
     broadcast_buffers(net)  # in training every process has BatchNorm statistics of its own
+    net = folded(net)
     progress = Progress(device, top)
     for samples, labels in batches:
         samples, labels = _to_device(samples, labels, device)

@@ -11,7 +11,9 @@ from utils.args import (
     COMMON,
     ScriptParser,
     above_zero,
+    add_accumulate,
     add_azo,
+    add_branches,
     add_run,
     complete,
     not_negative,
@@ -21,6 +23,7 @@ from utils.args import (
     whole,
 )
 from utils.checkpoint import describe_vgg8
+from utils.errors import UserError
 
 __all__ = ["deviations", "parse_event_args", "recipe_of"]
 
@@ -39,12 +42,14 @@ _COMMON: dict[str, Any] = {
 }
 
 _RECIPE_FIELDS = (
-    "demo", "timesteps", "width", "sma_blocks", "branch_activation", "AZO", "RCR", "RTR", "sensor_size", "frame_size",
-    "split", "split_seed", "flip", "batch_size", "epochs", "lr", "decay", "amp", "seed", "weights",
+    "demo", "timesteps", "width", "sma_blocks", "branch_activation", "branch_groups", "AZO", "RCR", "RTR",
+    "sensor_size", "frame_size", "split", "split_seed", "flip", "batch_size", "accumulate", "epochs", "lr",
+    "decay", "amp", "seed", "weights",
 )  # fmt: skip
 
 _EVALUATION_FIELDS = (
-    "demo", "timesteps", "width", "sma_blocks", "branch_activation", "sensor_size", "frame_size", "split", "split_seed",
+    "demo", "timesteps", "width", "sma_blocks", "branch_activation", "branch_groups", "sensor_size", "frame_size",
+    "split", "split_seed",
 )  # fmt: skip
 
 # What a weights file of this project tells of the input that it was trained on. T shows in the weights of SMA only.
@@ -65,7 +70,7 @@ def parse_event_args(
         demo: what ``--demo`` changes.
 
     Raises:
-        UserError: arguments contradict each other or the weights file.
+        UserError: arguments contradict each other or the weights file, or a batch has no equal parts.
     """
     given = vars(event_parser(description, recipe).parse_args(argv))
     if "sma_blocks" in given:
@@ -73,6 +78,11 @@ def parse_event_args(
     told = told_by_weights(given, describe_vgg8, INPUT_FIELDS, {})
     demo = demo if given.get("demo", told.get("demo")) else {}
     args = argparse.Namespace(**{**_COMMON, **recipe, **demo, **told, **given})
+    if args.batch_size % args.accumulate:
+        raise UserError(
+            f"--accumulate {args.accumulate} does not divide --batch-size {args.batch_size}; the parts of a batch must "
+            "be of one size"
+        )
     if args.num_workers is None and args.keep_frames:
         args.num_workers = 0
     complete(args, data_set, data_set)
@@ -123,9 +133,11 @@ def event_parser(description: str, recipe: dict[str, Any]) -> ScriptParser:
     add("--width", type=above_zero, metavar="X", help="multiplies the channels of all layers", default=1.0)
     add("--sma-blocks", type=whole(1), nargs="*", metavar="N", help="blocks with SMA", default="2 3")
     add("--branch-activation", choices=("lif", "relu"), help="inside SMA", default="lif")
+    add_branches(add)
 
     add = parser.group("training")
     add("-b", "--batch-size", type=whole(1), metavar="N", help="per process", default=recipe["batch_size"])
+    add_accumulate(add)
     add("-N", "--epochs", "--epoch", dest="epochs", type=whole(1), metavar="N",
         help="also the length of the cosine schedule", default=recipe["epochs"])  # fmt: skip
     add("--lr", "--learning-rate", type=above_zero, metavar="X", help="learning rate", default=recipe["lr"])

@@ -12,7 +12,9 @@ from utils.args import (
     COMMON,
     ScriptParser,
     above_zero,
+    add_accumulate,
     add_azo,
+    add_branches,
     add_run,
     complete,
     not_negative,
@@ -37,19 +39,18 @@ _COMMON: dict[str, Any] = {
     "on_bad_image": "stop",
     "mixup": False,
     "ema": 0.0,
-    "accumulate": 1,
     "warm_up": 0,
     "channels_last": False,
     "gpu": False,
 }
 
 _RECIPE_FIELDS = (
-    "demo", "net", "timesteps", "width", "sma_blocks", "AZO", "RCR", "RTR", "image_size", "test_crop", "decoder",
-    "batch_size", "accumulate", "epochs", "lr", "warm_up", "decay", "label_smoothing", "mixup", "ema", "amp", "seed",
-    "weights",
+    "demo", "net", "timesteps", "width", "sma_blocks", "branch_groups", "AZO", "RCR", "RTR", "image_size", "test_crop",
+    "decoder", "batch_size", "accumulate", "epochs", "lr", "warm_up", "decay", "label_smoothing", "mixup", "ema", "amp",
+    "seed", "weights",
 )  # fmt: skip
 
-_EVALUATION_FIELDS = ("demo", "timesteps", "width", "sma_blocks", "test_crop", "decoder")
+_EVALUATION_FIELDS = ("demo", "timesteps", "width", "sma_blocks", "branch_groups", "test_crop", "decoder")
 
 # What a weights file of this project tells of the input that it was trained on. T shows in the weights of SMA only.
 INPUT_FIELDS = ("timesteps", "image_size", "test_crop", "demo")
@@ -136,13 +137,14 @@ def image_parser(description: str, recipe: dict[str, Any]) -> ScriptParser:
     add("-net", "--net", choices=NETS, help="depth", default=recipe["net"])
     add("-T", "--timesteps", type=whole(1), metavar="T", help="repeats of the image", default=recipe["timesteps"])
     add("--sma-blocks", choices=SMA_PLACES, help="of each stage: blocks with SMA", default="first-two")
+    add_branches(add)
     add_azo(add, recipe, default=False)
     add("--width", type=above_zero, metavar="X", help="multiplies the channels of all layers", default=1.0)
 
     add = parser.group("training")
     add("-b", "--batch-size", type=whole(1), metavar="N", help="of all processes together",
         default=recipe["batch_size"])  # fmt: skip
-    add("--accumulate", type=whole(1), metavar="N", help="compute a batch in N parts, in less memory", default=1)
+    add_accumulate(add)
     add("-N", "--epochs", "--epoch", dest="epochs", type=whole(1), metavar="N",
         help="with the warm-up, the length of the schedule", default=recipe["epochs"])  # fmt: skip
     add("-lr", "--lr", "--learning-rate", type=above_zero, metavar="X", help="learning rate", default=recipe["lr"])

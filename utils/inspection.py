@@ -106,8 +106,7 @@ def _inspect_events(args: argparse.Namespace, process: Process) -> Inspected:
         demo=about["demo"],
     )
     keywords = {name: about[name] for name in ("num_classes", "width", "sma_blocks")}
-    if "branch_activation" in about:
-        keywords["branch_activation"] = about["branch_activation"]
+    keywords |= {name: about[name] for name in ("branch_activation", "branch_groups") if name in about}
     with user_input():
         net = VGG8(about["timesteps"], **keywords)
     height, width = data.frame_size
@@ -130,8 +129,7 @@ def _inspect_images(args: argparse.Namespace, process: Process) -> Inspected:
     data_dir = _data_dir(args, about["demo"])
     data = load_image_data(write_demo_images(data_dir) if about["demo"] else data_dir, crop, for_training=False)
     keywords = {"T": about["timesteps"], "num_classes": about["num_classes"], "width": about["width"]}
-    if "sma_blocks" in about:
-        keywords["sma_blocks"] = about["sma_blocks"]
+    keywords |= {name: about[name] for name in ("sma_blocks", "branch_groups") if name in about}
     with user_input():
         net = NETS[about["net"]](**keywords)
     depth = about["net"].removeprefix("resnet")
