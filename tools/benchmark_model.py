@@ -263,7 +263,9 @@ def _measure(
                     "x lower bound": _ratio(medians, form, LOWER_BOUND) if form in ("SMA", "SMA, direct") else None,
                     "x direct": _ratio(medians, form, "SMA, direct") if form == "SMA" else None,
                     "x no attention": _ratio(medians, form, "no attention"),
-                    "peak GiB": None if form == LOWER_BOUND else _peak_memory(name, form, kind, setting, step),
+                    "peak GiB": None
+                    if form == LOWER_BOUND or kind == "evaluation"
+                    else _peak_memory(name, form, kind, setting, step),
                     "TFLOP/s": rate,
                     **({"share of matrix peak": rate / matrix_peak} if matrix_peak and kind == "training" else {}),
                     "neurons": found[form][1],
