@@ -17,12 +17,13 @@ def folded(net: nn.Module) -> nn.Module:
 
     The same function to rounding. ``net`` goes on as it was: the copy shares with it the parameters and buffers that
     folding leaves alone, and has new ones where it does not. The BatchNorm of an SMA branch with LIF neurons stays: it
-    is part of what the neuron does with its input (``models.sma``). A network that someone watches, with a hook or an
-    observer, is given back as it is. Reset the neurons before.
+    is part of what the neuron does with its input (``models.sma``). A network that someone watches with a hook is given
+    back as it is; an observer of SMA sees the copy, too. Reset the neurons before.
     """
     if any(_is_watched(module) for module in net.modules()):
         return net
-    shared = {id(tensor): tensor for tensor in [*net.parameters(), *net.buffers()]}
+    observers = [module.observer for module in net.modules() if hasattr(module, "observer")]
+    shared = {id(one): one for one in [*net.parameters(), *net.buffers(), *observers]}
     net = copy.deepcopy(net, memo=shared).eval()
     for parent in list(net.modules()):
         for first, name in _in_a_row(parent):
@@ -50,4 +51,4 @@ def _only(module: nn.Module, kind: type[nn.Module]) -> nn.Module | None:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or getattr(module, "observer", None) is not None)
+    return bool(module._forward_hooks or module._forward_pre_hooks)

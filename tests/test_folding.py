@@ -68,10 +68,23 @@ def test_a_network_that_is_watched_is_not_folded():
     handle = net.block4[1].register_forward_hook(lambda *_: None)
     assert folded(net) is net
     handle.remove()
-    net.block2[1].observer = lambda *_: None
-    assert folded(net) is net
-    net.block2[1].observer = None
     assert folded(net) is not net
+
+
+def test_an_observer_sees_the_folded_network():
+    class Watcher:
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self, *_):
+            self.calls += 1
+
+    net = sma_vgg8_dvs128(**EVENTS)
+    net.block2[1].observer = watcher = Watcher()
+    copy = folded(net)
+    assert copy is not net
+    copy(torch.rand(4, 2, 2, 32, 32, dtype=next(net.parameters()).dtype))
+    assert watcher.calls == 1
 
 
 def test_evaluation_is_that_of_the_network():
