@@ -6,8 +6,10 @@ import io
 import re
 import shlex
 
+import pytest
+
 from tests.conftest import ROOT, SCRIPTS
-from tools import benchmark, prepare_imagenet
+from tools import benchmark, export, prepare_imagenet
 from utils.event_args import event_parser
 from utils.image_args import image_parser
 
@@ -20,6 +22,7 @@ PARSERS = {path.name: event_parser("", RECIPE) for path in SCRIPTS.values()} | {
     "train_amp.py": image_parser("", RECIPE),
     "tools/prepare_imagenet.py": prepare_imagenet.make_parser(),
     "tools/benchmark.py": benchmark.make_parser(),
+    "tools/export.py": export.make_parser(),
 }
 
 
@@ -56,12 +59,14 @@ def test_every_flag_that_is_named_exists():
     assert set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", README)) <= known | launchers
 
 
-def test_the_example_runs_and_prints_what_its_comment_says():
-    (example,) = code("python")
-    expected = re.search(r"print\(y.shape\)  # (.*)", example).group(1)
+@pytest.mark.parametrize("number", range(3))
+def test_an_example_runs_and_prints_what_its_comment_says(number):
+    examples = code("python")
+    assert len(examples) == 3
+    expected = re.search(r"print\(y.shape\)  # (.*)", examples[number]).group(1)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(example, {})
+        exec(examples[number], {"__name__": "example"})
     assert printed.getvalue().strip() == expected
 
 
