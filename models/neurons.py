@@ -23,6 +23,7 @@ __all__ = [
     "Rectangle",
     "lif",
     "ms_lif",
+    "multi_dimensional_attention",
     "per_step",
     "reset_net",
     "select_backend",
@@ -207,6 +208,17 @@ def ms_lif() -> nn.Module:
         surrogate_function=Rectangle(),
         step_mode="m",
     )
+
+
+def multi_dimensional_attention(T: int, C: int, reduction: int) -> nn.Module:
+    """SpikingJelly's MultiDimensionalAttention (time, channel and space), ``[T, B, C, H, W]`` to the same shape.
+
+    Source: Yao et al., "Attention Spiking Neural Networks". That of 0.0.0.0.14 lacks the ReLU that its forward calls.
+    """
+    attention = layer.MultiDimensionalAttention(T, C, reduction_t=reduction, reduction_c=reduction)
+    if not hasattr(attention, "relu"):
+        attention.relu = nn.ReLU()
+    return attention
 
 
 def select_backend(net: nn.Module, wanted: str, device: torch.device) -> str:
