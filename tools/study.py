@@ -33,7 +33,12 @@ if not __package__:  # run as a file: the modules of the repository are one fold
     sys.path.insert(0, str(ROOT))
 
 from models import SMA, SMA_L, VGG8  # noqa: E402
-from models.neurons import layer, multi_dimensional_attention, reset_net, spikingjelly_version  # noqa: E402
+from models.neurons import (  # noqa: E402
+    multi_dimensional_attention,
+    reset_net,
+    spikingjelly_version,
+    temporal_wise_attention,
+)
 from utils.args import whole  # noqa: E402
 from utils.datasets import EventData, load_event_data  # noqa: E402
 from utils.distributed import Process  # noqa: E402
@@ -56,7 +61,7 @@ VARIANTS: dict[str, Callable[[int, int], nn.Module]] = {
     "SMA + AZO": lambda T, C: SMA(C, T, C_reduction=REDUCTION, T_reduction=REDUCTION, **AZO),
     "SMA-L": lambda T, C: SMA_L(C, T, C_reduction=REDUCTION, T_reduction=REDUCTION),
     "SMA, depthwise": lambda T, C: SMA(C, T, C_reduction=REDUCTION, T_reduction=REDUCTION, groups="channel"),
-    "temporal-wise": lambda T, C: layer.TemporalWiseAttention(T, REDUCTION),
+    "temporal-wise": lambda T, C: temporal_wise_attention(T, REDUCTION),
     "multi-dimensional": lambda T, C: multi_dimensional_attention(T, C, REDUCTION),
 }
 
