@@ -9,7 +9,7 @@ import shlex
 import pytest
 
 from tests.conftest import ROOT, SCRIPTS
-from tools import benchmark, export, prepare_imagenet
+from tools import benchmark, export, prepare_imagenet, study
 from utils.event_args import event_parser
 from utils.image_args import image_parser
 
@@ -23,6 +23,7 @@ PARSERS = {path.name: event_parser("", RECIPE) for path in SCRIPTS.values()} | {
     "tools/prepare_imagenet.py": prepare_imagenet.make_parser(),
     "tools/benchmark.py": benchmark.make_parser(),
     "tools/export.py": export.make_parser(),
+    "tools/study.py": study.make_parser(),
 }
 
 
