@@ -16,11 +16,11 @@ import csv
 import itertools
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from utils.engine import evaluate, time_first, train_one_epoch  # noqa: E402
 from utils.errors import SentenceParser, UserError, exit_with_sentence  # noqa: E402
 from utils.loaders import make_loaders, set_epoch  # noqa: E402
 from utils.losses import mse_of_mean, tet  # noqa: E402
+from utils.preempt import in_worker  # noqa: E402
 
 __all__ = ["SETTINGS", "VARIANTS", "make_parser", "put_after_convolutions", "summary", "to_markdown"]
 
@@ -144,6 +145,10 @@ def train(name: str, variant: str, seed: int, data_dir: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _train_task(task: tuple[str, str, int, Path]) -> dict[str, Any]:
+    return train(*task)
+
+
 class _Weights:
     """Watches the weights of all SMA in an evaluation."""
 
@@ -208,21 +213,22 @@ def run(args: argparse.Namespace) -> None:
     for name in args.data:
         _load(name, args.data_dir)  # makes the frames once, before the processes start
     print(f"{len(done)} runs are there, {len(todo)} to do", flush=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
-        runs = [pool.submit(train, *task, args.data_dir) for task in todo]
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # leaves the pool, which ends its processes
+    with multiprocessing.get_context("spawn").Pool(args.processes, in_worker, (0,)) as pool:
         try:
-            for number, finished in enumerate(as_completed(runs), 1):
-                row = finished.result()
+            rows = pool.imap_unordered(_train_task, [(*task, args.data_dir) for task in todo])
+            for number, row in enumerate(rows, 1):
                 _append(args.rows, row)
                 print(
                     f"{number}/{len(todo)}  {row['data']}, {row['variant']}, seed {row['seed']}: {row['acc1']} % "
                     f"({row['correct']}/{row['count']}), {row['cpu_seconds']} s",
                     flush=True,
                 )
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        except KeyboardInterrupt:
+            print(f"\nstopped; finished runs are in {args.rows}, and the same command does the rest", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
     costs = _costs_file(args.rows)
     if not costs.exists():
         _write(costs, COST_COLUMNS, measure_costs(args.data_dir))
