@@ -23,10 +23,12 @@ __all__ = [
     "Rectangle",
     "lif",
     "ms_lif",
+    "multi_dimensional_attention",
     "per_step",
     "reset_net",
     "select_backend",
     "spikingjelly_version",
+    "temporal_wise_attention",
 ]
 
 reset_net = functional.reset_net  # after every batch: forget the membrane potentials
@@ -209,6 +211,30 @@ def ms_lif() -> nn.Module:
         surrogate_function=Rectangle(),
         step_mode="m",
     )
+
+
+def temporal_wise_attention(T: int, reduction: int) -> nn.Module:
+    """SpikingJelly's TemporalWiseAttention, ``[T, B, C, H, W]`` to the same shape.
+
+    Source: Yao et al., "Temporal-Wise Attention Spiking Neural Networks for Event Streams Classification".
+    """
+    return _as_module(layer.TemporalWiseAttention)(T, reduction)
+
+
+def multi_dimensional_attention(T: int, C: int, reduction: int) -> nn.Module:
+    """SpikingJelly's MultiDimensionalAttention (time, channel and space), ``[T, B, C, H, W]`` to the same shape.
+
+    Source: Yao et al., "Attention Spiking Neural Networks". That of 0.0.0.0.14 lacks the ReLU that its forward calls.
+    """
+    attention = _as_module(layer.MultiDimensionalAttention)(T, C, reduction_t=reduction, reduction_c=reduction)
+    if not hasattr(attention, "relu"):
+        attention.relu = nn.ReLU()
+    return attention
+
+
+def _as_module(cls: type) -> type:
+    """The attention of 0.0.0.0.14 is no ``nn.Module``, without which it has no parameters and cannot be called."""
+    return cls if issubclass(cls, nn.Module) else type(cls.__name__, (cls, nn.Module), {})
 
 
 def select_backend(net: nn.Module, wanted: str, device: torch.device) -> str:

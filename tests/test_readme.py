@@ -8,8 +8,20 @@ import io
 import re
 import shlex
 
+import pytest
+
 from tests.conftest import ROOT, SCRIPTS
-from tools import benchmark, compare, prepare_data, prepare_imagenet, reliability, report, visualize
+from tools import (
+    benchmark,
+    compare,
+    export,
+    prepare_data,
+    prepare_imagenet,
+    reliability,
+    report,
+    study,
+    visualize,
+)
 from utils import pictures
 from utils.event_args import event_parser
 from utils.image_args import image_parser
@@ -28,6 +40,8 @@ PARSERS = {path.name: event_parser("", RECIPE) for path in SCRIPTS.values()} | {
     "tools/visualize.py": visualize.make_parser(),
     "tools/compare.py": compare.make_parser(),
     "tools/reliability.py": reliability.make_parser(),
+    "tools/export.py": export.make_parser(),
+    "tools/study.py": study.make_parser(),
 }
 
 
@@ -67,17 +81,18 @@ def test_every_flag_that_is_named_exists():
         "--node_rank",
         "--master_addr",
         "--master_port",
-        "--help",
     }
     assert set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", README)) <= known | launchers | {"--help"}
 
 
-def test_the_example_runs_and_prints_what_its_comment_says():
-    example, _ = code("python")
-    expected = re.search(r"print\(y.shape\)  # (.*)", example).group(1)
+@pytest.mark.parametrize("number", range(3))
+def test_an_example_runs_and_prints_what_its_comment_says(number):
+    examples = [example for example in code("python") if "print(y.shape)" in example]
+    assert len(examples) == 3
+    expected = re.search(r"print\(y.shape\)  # (.*)", examples[number]).group(1)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(example, {})
+        exec(examples[number], {"__name__": "example"})
     assert printed.getvalue().strip() == expected
 
 

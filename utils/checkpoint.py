@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from utils.distributed import Process, gather
 from utils.engine import Progress
 from utils.errors import StopRequested, UserError
+from utils.exported import SUFFIX, read_exported
 from utils.files import DamagedFileError, partial_of, read_checked, write_checked
 from utils.versions import versions
 
-__all__ = ["Checkpoints", "describe_ms_resnet", "describe_vgg8", "load_weights", "read_weights"]
+__all__ = ["Checkpoints", "describe_ms_resnet", "describe_vgg8", "load_weights", "put_weights", "read_weights"]
 
 FORMAT = 3
 _WRAPPERS = ("model", "net", "state_dict")
@@ -27,7 +28,7 @@ _PREFIXES = ("module.", "_orig_mod.")
 
 
 def load_weights(net: nn.Module, path: str | Path) -> None:
-    """Load the weights of a released or own file into ``net``, all of them or none.
+    """Load the weights of a released, own or exported (safetensors) file into ``net``, all of them or none.
 
     Prefixes of wrappers (``module.``, ``_orig_mod.``) are removed, dictionaries that wrap the weights (``model``,
     ``net``, ``state_dict``) are opened, and the one released file with other names (N-Caltech101) is renamed.
@@ -36,7 +37,7 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
         UserError: the file is missing, damaged or no weights file, or its names and shapes are not those of ``net``.
     """
     weights, _ = read_weights(path)
-    _put_weights(net, weights, path)
+    put_weights(net, weights, path)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -46,7 +47,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         The state dict under the names of this project, and whatever plain values lay beside it (for a file of this
         project: ``epoch``, ``recipe``, ...; empty for a bare state dict).
     """
-    return _unwrap(read_checked(path)[0], path)
+    path = Path(path)
+    return _unwrap(read_exported(path) if path.suffix == SUFFIX else read_checked(path)[0], path)
 
 
 def _unwrap(content: Mapping, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -115,7 +117,12 @@ def _groups(branch_weight: Tensor) -> int | str:
     return "channel" if branch_weight.shape[1] < branch_weight.shape[0] else 1
 
 
-def _put_weights(net: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
+def put_weights(net: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """Put weights read from ``path`` into ``net``, all of them or none.
+
+    Raises:
+        UserError: their names and shapes are not those of ``net``.
+    """
     problem = _mismatch(weights, net.state_dict())
     if problem:
         raise UserError(f"weights file {path} does not fit this network: {problem}")
@@ -249,7 +256,7 @@ class Checkpoints:
             print(
                 f"the run in {source} was made with {', '.join(changed)}: the last digits may differ", file=sys.stderr
             )
-        _put_weights(self.net, _unwrap(state, source)[0], source)
+        put_weights(self.net, _unwrap(state, source)[0], source)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.best = state["best"]

@@ -1,0 +1,210 @@
+"""Export trained weights: to safetensors with what is known of them, back to .pt, or as a program of torch.export.
+
+    python tools/export.py weights output/dvs128/last.pt --output sma_azo_vgg8_dvs128.safetensors
+    python tools/export.py show    sma_azo_vgg8_dvs128.safetensors
+    python tools/export.py back    sma_azo_vgg8_dvs128.safetensors --output weights.pt
+    python tools/export.py program sma_azo_vgg8_dvs128.safetensors --output sma_azo_vgg8_dvs128.pt2 --size 128
+
+The metadata of a safetensors file are JSON: the network, the recipe, the epoch, the accuracy and what it is of, the
+data and their split, the versions. Its SHA-256 lies beside it (``sha256sum -c NAME.safetensors.sha256``) and is checked
+whenever the file is read and the checksum is there. All scripts take the file as ``--weights``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+if not __package__:  # run as a file: the modules of the repository are one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models import VGG8
+from models.neurons import reset_net
+from utils.args import size
+from utils.checkpoint import put_weights, read_weights
+from utils.describe import versions
+from utils.errors import SentenceParser, UserError, exit_with_sentence, user_input
+from utils.exported import checksum_file, sha256_of, write_exported
+from utils.files import partial_of, write_checked
+from utils.networks import build_network, describe_network
+
+__all__ = ["make_parser"]
+
+_OF_A_RUN = ("recipe", "epoch", "accuracy", "data", "split", "network", "source", "versions")
+_ACCURACY = ("acc1", "acc5", "correct", "correct5", "count", "loss")
+
+
+def export_weights(args: argparse.Namespace) -> None:
+    """Write a safetensors file with metadata, and its checksum beside it."""
+    weights, beside = read_weights(args.file)
+    network, keywords = describe_network(weights, beside)
+    facts = {
+        **{name: beside[name] for name in _OF_A_RUN if name in beside},
+        **_known_of_run(args.file, beside, args.evaluation),
+        "network": {"name": network, **keywords},
+        "source": {"name": args.file.name, "sha256": sha256_of(args.file)},
+        "versions": versions(),
+    }
+    write_exported(weights, facts, args.output)
+    print(f"{args.output}: {len(weights)} tensors, {_accuracy_in_words(facts.get('accuracy'))}")
+    print(f"{checksum_file(args.output)}: SHA-256 {sha256_of(args.output)}")
+
+
+def export_back(args: argparse.Namespace) -> None:
+    """Write the weights of a safetensors file, and what is known of them, as a .pt file."""
+    weights, beside = read_weights(args.file)
+    _check_new(args.output)
+    write_checked({"model": weights, **beside}, args.output)
+    print(f"{args.output}: {len(weights)} tensors under 'model', {', '.join(beside) or 'nothing'} beside them")
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print what is known of the weights of a file, as JSON."""
+    weights, beside = read_weights(args.file)
+    known = {name: beside[name] for name in _OF_A_RUN if name in beside}
+    network, keywords = describe_network(weights, beside)
+    print(json.dumps({**known, "network": {"name": network, **keywords}}, indent=2))
+
+
+def export_program(args: argparse.Namespace) -> None:
+    """Write the network in evaluation as a program of torch.export, for any batch, and run it once."""
+    weights, beside = read_weights(args.file)
+    net = build_network(weights, beside)
+    put_weights(net, weights, args.file)
+    height_width = args.size or _input_size(args.file, beside.get("recipe", {}))
+    _check_new(args.output)
+    example, batch_axis = _example(net, height_width, batch=2)
+    with torch.no_grad(), warnings.catch_warnings(), user_input():
+        # Told of the membrane potentials. Every call of the program starts from 0, which is what is wanted.
+        warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")
+        program = torch.export.export(
+            net, (example,), dynamic_shapes=({batch_axis: torch.export.Dim("B", min=1)},), strict=False
+        )
+    shape = ["B" if axis == batch_axis else length for axis, length in enumerate(example.shape)]
+    facts = {**{name: beside[name] for name in _OF_A_RUN if name in beside}, "input": shape}
+    with partial_of(args.output).open("wb") as file:
+        torch.export.save(program, file, extra_files={"sma.json": json.dumps(facts)})
+    difference = _difference(net, partial_of(args.output), height_width)
+    os.replace(partial_of(args.output), args.output)
+    print(f"{args.output}: input {shape}; largest difference of its logits from the network's: {difference:g}")
+
+
+def _known_of_run(path: Path, beside: Mapping[str, Any], evaluation: Path | None) -> dict[str, Any]:
+    """The accuracy of the weights, of what it is one, and the data and split, as the files of the run tell them."""
+    measured = _read_json(evaluation or path.with_name("evaluation.json"), needed=evaluation is not None)
+    run = _read_json(path.with_name("args.json"), needed=False)
+    epoch, epochs = beside.get("epoch"), beside.get("recipe", {}).get("epochs")
+    best = beside.get("best", {})
+    of = ""
+    if evaluation is not None or measured.get("weights") == str(path):
+        of = "an evaluation of these weights"
+    elif measured.get("epoch") == "final" and epoch is not None and epoch == epochs:
+        of = "the final epoch"
+    elif epoch is not None and best.get("epoch") == epoch:
+        measured = {**run, "acc1": best["acc1"]}
+        of = f"the best test epoch, {epoch} (selected on the test set)"
+    if not of:
+        return {}
+    accuracy = {name: measured[name] for name in _ACCURACY if name in measured}
+    if "acc1" not in accuracy:
+        raise UserError(f"--evaluation {evaluation} holds no acc1; give the evaluation.json that a script wrote")
+    return {
+        "accuracy": {**accuracy, "of": of},
+        **{name: measured[name] for name in ("data", "split") if name in measured},
+    }
+
+
+def _read_json(path: Path, needed: bool) -> dict[str, Any]:
+    if not needed and not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"file {path} cannot be read ({error}); give the file that a script wrote") from error
+    if not isinstance(content, dict):
+        raise UserError(f"file {path} holds no JSON object; give the file that a script wrote")
+    return content
+
+
+def _accuracy_in_words(accuracy: Mapping[str, Any] | None) -> str:
+    if not accuracy:
+        return "no accuracy known (tell it by --evaluation evaluation.json)"
+    counts = f" ({accuracy['correct']} of {accuracy['count']})" if {"correct", "count"} <= accuracy.keys() else ""
+    return f"acc1 {accuracy['acc1']:.2f} %{counts} of {accuracy['of']}"
+
+
+def _input_size(path: Path, recipe: Mapping[str, Any]) -> list[int]:
+    """(H, W) of the input in an evaluation, from the recipe."""
+    found = next((recipe[n] for n in ("test_crop", "image_size", "frame_size", "sensor_size") if recipe.get(n)), None)
+    if found is None:
+        raise UserError(f"file {path} does not tell the size of the input; give it as --size, for instance --size 128")
+    return found if isinstance(found, list) else [found, found]
+
+
+def _example(net: nn.Module, height_width: list[int], batch: int) -> tuple[Tensor, int]:
+    """A random input of the network, and which of its axes is the batch."""
+    generator = torch.Generator().manual_seed(0)
+    shape, axis = ([net.T, batch, 2], 1) if isinstance(net, VGG8) else ([batch, 3], 0)
+    return torch.rand(*shape, *height_width, generator=generator), axis
+
+
+def _difference(net: nn.Module, path: Path, height_width: list[int]) -> float:
+    """The largest difference between the logits of the network and of its program, on another batch."""
+    example, _ = _example(net, height_width, batch=3)
+    reset_net(net)
+    with torch.no_grad(), path.open("rb") as file:
+        found = torch.export.load(file).module()(example)
+        return (found - net(example)).abs().max().item()
+
+
+def _check_new(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"--output {path} exists already; delete it or choose another name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written: {error.strerror or error}; choose another") from error
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of this tool's command line."""
+    parser = SentenceParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name: str, function: Callable[[argparse.Namespace], None], output: str | None) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        command.set_defaults(function=function)
+        command.add_argument("file", type=Path, metavar="FILE", help="released, own or exported weights")
+        if output:
+            command.add_argument("--output", type=Path, required=True, metavar="FILE", help=output)
+        return command
+
+    weights = add("weights", export_weights, "a new .safetensors file")
+    weights.add_argument(
+        "--evaluation", type=Path, metavar="FILE",
+        help="the evaluation.json of these weights (default: the one beside them, where it is theirs)",
+    )  # fmt: skip
+    add("show", show, None)
+    add("back", export_back, "a new .pt file")
+    program = add("program", export_program, "a new .pt2 file")
+    program.add_argument("--size", type=size(32), metavar="N|HxW", help="of the input (default: the recipe's)")
+    return parser
+
+
+def main() -> None:
+    """Do what the command says."""
+    args = make_parser().parse_args()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)

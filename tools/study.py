@@ -1,0 +1,408 @@
+"""What attention is worth: seven variants in one place of SMA-VGG8, on two small data sets of real events.
+
+    python tools/study.py run --data-dir DIR     train what is not there yet, one row a run; then table and figure
+    python tools/study.py table                  table and figure from the rows that are there
+
+DIR/nmnist holds N-MNIST as extract/Caltech101/<digit>/*.bin and split.csv (lines train,<digit>/<sample> and
+test,<digit>/<sample>: its own Train and Test); DIR/objects holds DVS128 recordings as extract/DvsGesture. A killed
+study goes on with the same command. Seeds vary the first weights, dropout and the order; of one seed all variants share
+the first weights outside their attention. Reported is the final epoch: no epoch is chosen by the test set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import multiprocessing
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+if not __package__:  # run as a file: the modules of the repository are one folder up
+    sys.path.insert(0, str(ROOT))
+
+from models import SMA, SMA_L, VGG8  # noqa: E402
+from models.neurons import (  # noqa: E402
+    multi_dimensional_attention,
+    reset_net,
+    spikingjelly_version,
+    temporal_wise_attention,
+)
+from utils.args import whole  # noqa: E402
+from utils.datasets import EventData, load_event_data  # noqa: E402
+from utils.distributed import Process  # noqa: E402
+from utils.engine import evaluate, time_first, train_one_epoch  # noqa: E402
+from utils.errors import SentenceParser, UserError, exit_with_sentence  # noqa: E402
+from utils.loaders import make_loaders, set_epoch  # noqa: E402
+from utils.losses import mse_of_mean, tet  # noqa: E402
+from utils.preempt import in_worker  # noqa: E402
+
+__all__ = ["SETTINGS", "VARIANTS", "make_parser", "put_after_convolutions", "summary", "to_markdown"]
+
+BASELINE = "no attention"
+BLOCKS = (2, 3)  # where the published network has SMA
+REDUCTION = 4  # of time and channels, in every attention
+AZO = {"AZO": True, "RCR": 4, "RTR": 4}
+
+# (T, channels) to the attention behind a convolution.
+VARIANTS: dict[str, Callable[[int, int], nn.Module]] = {
+    BASELINE: lambda T, C: nn.Identity(),
+    "SMA": lambda T, C: SMA(C, T, C_reduction=REDUCTION, T_reduction=REDUCTION),
+    "SMA + AZO": lambda T, C: SMA(C, T, C_reduction=REDUCTION, T_reduction=REDUCTION, **AZO),
+    "SMA-L": lambda T, C: SMA_L(C, T, C_reduction=REDUCTION, T_reduction=REDUCTION),
+    "SMA, depthwise": lambda T, C: SMA(C, T, C_reduction=REDUCTION, T_reduction=REDUCTION, groups="channel"),
+    "temporal-wise": lambda T, C: temporal_wise_attention(T, REDUCTION),
+    "multi-dimensional": lambda T, C: multi_dimensional_attention(T, C, REDUCTION),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one data set; stored in every row."""
+
+    epochs: int
+    lr: float
+    T: int = 4
+    width: float = 0.25
+    batch_size: int = 16
+
+
+SETTINGS = {"N-MNIST": Settings(epochs=10, lr=2e-3), "DVS128 objects": Settings(epochs=15, lr=3e-3)}
+COLUMNS = (
+    "data", "variant", "seed", *Settings.__annotations__, "split", "acc1", "correct", "count", "train_acc1",
+    "parameters", "scale_weights", "time_weight_deviation", "cpu_seconds", "torch", "spikingjelly",
+)  # fmt: skip
+COST_COLUMNS = ("data", "variant", "steps", "cpu_ms", "ratio")
+
+
+def put_after_convolutions(net: VGG8, make: Callable[[int, int], nn.Module]) -> VGG8:
+    """Put an attention ``make(T, channels)`` behind the convolution of blocks 2 and 3 of a network without any."""
+    for number in BLOCKS:
+        convolution, *rest = getattr(net, f"block{number}")
+        setattr(net, f"block{number}", nn.Sequential(convolution, make(net.T, convolution[0].out_channels), *rest))
+    return net
+
+
+def _build(variant: str, settings: Settings, classes: int, seed: int) -> VGG8:
+    torch.manual_seed(seed)
+    return put_after_convolutions(VGG8(settings.T, classes, settings.width, sma_blocks=()), VARIANTS[variant])
+
+
+def _load(name: str, data_dir: Path) -> EventData:
+    """The data with their fixed split, in memory."""
+    T = SETTINGS[name].T
+    if name == "N-MNIST":
+        split = data_dir / "nmnist" / "split.csv"
+        return load_event_data(
+            "ncaltech101", data_dir / "nmnist", T, split=str(split), sensor_size=(34, 34), keep_in_memory=True
+        )
+    return load_event_data("dvs128", data_dir / "objects", T, frame_size=(32, 32), keep_in_memory=True)
+
+
+def _recipe(name: str, net: nn.Module, lr: float) -> tuple[torch.optim.Optimizer, Callable[[Tensor, Tensor], Tensor]]:
+    """Optimiser and loss of the published recipe in whose layout the data lie."""
+    if name == "N-MNIST":
+        return torch.optim.NAdam(net.parameters(), lr=lr, momentum_decay=1e-3), tet
+    return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-3), mse_of_mean
+
+
+def train(name: str, variant: str, seed: int, data_dir: Path) -> dict[str, Any]:
+    """One run in this process, on one thread: a row of the study."""
+    torch.set_num_threads(1)
+    began = time.process_time()
+    settings, device = SETTINGS[name], torch.device("cpu")
+    data = _load(name, data_dir)
+    net = _build(variant, settings, len(data.classes), seed)
+    batches, test_batches = make_loaders(data, settings.batch_size, 0, seed, Process(0, 0, 1, device))
+    optimizer, criterion = _recipe(name, net, settings.lr)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    torch.manual_seed(seed)  # attention drew numbers: dropout is the same in all variants
+    trained = {}
+    for epoch in range(1, settings.epochs + 1):
+        set_epoch(batches, epoch)
+        trained = train_one_epoch(net, batches, criterion, optimizer, scaler, device, epoch=epoch)
+        scheduler.step()
+    seen = _Weights(net)
+    result = evaluate(net, test_batches, criterion, device)
+    return {
+        "data": name, "variant": variant, "seed": seed, **asdict(settings), "split": data.split.split("/")[-1],
+        "acc1": f"{result['acc1']:.6g}", "correct": result["correct"], "count": result["count"],
+        "train_acc1": f"{trained['acc1']:.6g}", "parameters": sum(p.numel() for p in net.parameters()),
+        **seen.summary(), "cpu_seconds": f"{time.process_time() - began:.1f}",
+        "torch": torch.__version__, "spikingjelly": spikingjelly_version(),
+    }  # fmt: skip
+
+
+def _train_task(task: tuple[str, str, int, Path]) -> dict[str, Any]:
+    return train(*task)
+
+
+class _Weights:
+    """Watches the weights of all SMA in an evaluation."""
+
+    def __init__(self, net: nn.Module):
+        self.scales: list[Tensor] = []
+        self.deviations: list[float] = []
+        for module in net.modules():
+            if isinstance(module, SMA):
+                module.observer = self._observe
+
+    def _observe(self, w_time: Tensor, w_channel: Tensor, _: Tensor | None) -> None:
+        self.scales.append(w_channel.flatten(1).mean(1))
+        self.deviations.append((w_time - 1 / len(w_time)).abs().mean().item())
+
+    def summary(self) -> dict[str, str]:
+        """Mean channel weight of every scale; mean distance of a time weight from the uniform one. Empty: no SMA."""
+        if not self.scales:
+            return {"scale_weights": "", "time_weight_deviation": ""}
+        means = torch.stack(self.scales).mean(0).tolist()
+        deviation = statistics.fmean(self.deviations)
+        return {"scale_weights": " ".join(f"{v:.4f}" for v in means), "time_weight_deviation": f"{deviation:.5f}"}
+
+
+def measure_costs(data_dir: Path, steps: int = 15) -> list[dict[str, Any]]:
+    """CPU time of a training step of every variant, in turn, in this process alone: medians and ratios of medians."""
+    torch.set_num_threads(1)
+    rows = []
+    for name, settings in SETTINGS.items():
+        data = _load(name, data_dir)
+        samples = torch.stack([data.train[i][0] for i in range(settings.batch_size)])
+        labels = torch.tensor([data.train[i][1] for i in range(settings.batch_size)])
+        tasks = {}
+        for variant in VARIANTS:
+            net = _build(variant, settings, len(data.classes), seed=0)
+            tasks[variant] = (net, *_recipe(name, net, settings.lr))
+        spent: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        for _ in range(steps + 1):
+            for variant, (net, optimizer, criterion) in tasks.items():
+                began = time.process_time()
+                inputs, targets = time_first(samples, labels)
+                optimizer.zero_grad(set_to_none=True)
+                criterion(net(inputs), targets).backward()
+                optimizer.step()
+                reset_net(net)
+                spent[variant].append(time.process_time() - began)
+        medians = {variant: statistics.median(values[1:]) for variant, values in spent.items()}  # one to warm up
+        rows += [
+            {
+                "data": name, "variant": variant, "steps": steps, "cpu_ms": f"{1000 * median:.1f}",
+                "ratio": f"{median / medians[BASELINE]:.3f}",
+            }
+            for variant, median in medians.items()
+        ]  # fmt: skip
+    return rows
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train what has no row yet, measure the cost of a step, and write table and figure."""
+    done = {(row["data"], row["variant"], int(row["seed"])) for row in read_rows(args.rows, COLUMNS)}
+    wanted = itertools.product(range(1, args.seeds + 1), args.data, args.variants)  # all variants of a seed first
+    todo = [(name, variant, seed) for seed, name, variant in wanted if (name, variant, seed) not in done]
+    for name in args.data:
+        _load(name, args.data_dir)  # makes the frames once, before the processes start
+    print(f"{len(done)} runs are there, {len(todo)} to do", flush=True)
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # leaves the pool, which ends its processes
+    with multiprocessing.get_context("spawn").Pool(args.processes, in_worker, (0,)) as pool:
+        try:
+            rows = pool.imap_unordered(_train_task, [(*task, args.data_dir) for task in todo])
+            for number, row in enumerate(rows, 1):
+                _append(args.rows, row)
+                print(
+                    f"{number}/{len(todo)}  {row['data']}, {row['variant']}, seed {row['seed']}: {row['acc1']} % "
+                    f"({row['correct']}/{row['count']}), {row['cpu_seconds']} s",
+                    flush=True,
+                )
+        except KeyboardInterrupt:
+            print(f"\nstopped; finished runs are in {args.rows}, and the same command does the rest", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+    costs = _costs_file(args.rows)
+    if not costs.exists():
+        _write(costs, COST_COLUMNS, measure_costs(args.data_dir))
+    table(args)
+
+
+def table(args: argparse.Namespace) -> None:
+    """Print the table of the rows, and draw their figure."""
+    rows = read_rows(args.rows, COLUMNS)
+    if not rows:
+        raise UserError(f"--rows {args.rows} holds no rows yet; make them by: python tools/study.py run --data-dir DIR")
+    lines = summary(rows, read_rows(_costs_file(args.rows), COST_COLUMNS))
+    print(to_markdown(lines))
+    draw(lines, args.figure)
+    print(f"\nfigure: {args.figure}")
+
+
+def summary(rows: Sequence[dict[str, str]], costs: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+    """One line for each data set and variant: mean, deviation, and the difference from no attention over the seeds."""
+    from scipy.stats import t as student  # a dependency of SpikingJelly
+
+    accuracy = {(row["data"], row["variant"], row["seed"]): float(row["acc1"]) for row in rows}
+    ratio = {(row["data"], row["variant"]): float(row["ratio"]) for row in costs}
+    lines = []
+    for name, variant in itertools.product(SETTINGS, VARIANTS):
+        own = [row for row in rows if (row["data"], row["variant"]) == (name, variant)]
+        if not own:
+            continue
+        values = [float(row["acc1"]) for row in own]
+        pairs = [
+            accuracy[name, variant, row["seed"]] - accuracy[name, BASELINE, row["seed"]]
+            for row in own
+            if variant != BASELINE and (name, BASELINE, row["seed"]) in accuracy
+        ]
+        half = None
+        if len(pairs) > 1:
+            half = student.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
+        lines.append(
+            {
+                "data": name, "variant": variant, "n": len(values), "mean": statistics.fmean(values),
+                "std": statistics.stdev(values) if len(values) > 1 else None,
+                "difference": statistics.fmean(pairs) if pairs else None, "half": half,
+                "cost": ratio.get((name, variant)), "parameters": int(own[0]["parameters"]),
+                "count": int(own[0]["count"]),
+            }
+        )  # fmt: skip
+    return lines
+
+
+def to_markdown(lines: Sequence[dict[str, Any]]) -> str:
+    """The table of the README."""
+    text = [
+        "| data | variant | accuracy, % | seeds | difference, points (95 % interval) | step, times | parameters |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        std = "" if line["std"] is None else f" ± {line['std']:.2f}"
+        difference = "" if line["difference"] is None else f"{line['difference']:+.2f}"
+        if line["half"] is not None:
+            low, high = line["difference"] - line["half"], line["difference"] + line["half"]
+            difference += f" ({low:+.2f} to {high:+.2f})"
+        cost = "" if line["cost"] is None else f"{line['cost']:.2f}"
+        cells = (line["data"], line["variant"], f"{line['mean']:.2f}{std}", line["n"], difference, cost)
+        text.append("| " + " | ".join(map(str, (*cells, f"{line['parameters'] / 1e6:.3f} M"))) + " |")
+    return "\n".join(text)
+
+
+def draw(lines: Sequence[dict[str, Any]], output: Path) -> None:
+    """Differences from no attention with their intervals, beside the cost of a training step; 7 inches wide."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    looks = {"N-MNIST": ("#0072B2", "o", -0.14), "DVS128 objects": ("#D55E00", "s", 0.14)}  # Okabe & Ito (2008)
+    variants = [name for name in VARIANTS if name != BASELINE]
+    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 8.0}):
+        figure = Figure(figsize=(7.0, 2.8), dpi=200, layout="constrained")
+        FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.6, 1))
+        for name, (colour, marker, shift) in looks.items():
+            own = {line["variant"]: line for line in lines if line["data"] == name}
+            shown = [v for v in variants if v in own and own[v]["difference"] is not None]
+            y = [variants.index(v) + shift for v in shown]
+            left.errorbar(
+                [own[v]["difference"] for v in shown], y, xerr=[own[v]["half"] or 0.0 for v in shown],
+                fmt=marker, color=colour, markersize=4, capsize=2.5, linewidth=1.2, label=name,
+            )  # fmt: skip
+            timed = [v for v in variants if v in own and own[v]["cost"] is not None]
+            right.plot(
+                [own[v]["cost"] for v in timed], [variants.index(v) + shift for v in timed], marker, color=colour,
+                markersize=4,
+            )  # fmt: skip
+        left.axvline(0, color="#777777", linewidth=0.8)
+        right.axvline(1, color="#777777", linewidth=0.8)
+        left.set(yticks=range(len(variants)), yticklabels=variants, ylim=(len(variants) - 0.5, -0.5))
+        left.set_xlabel("accuracy, difference from no attention, points\n(95 % interval over paired seeds)")
+        right.set_xlabel("CPU time of a training step,\nno attention = 1")
+        right.set_xlim(left=0)
+        for ax in (left, right):
+            ax.grid(axis="x", linewidth=0.3, color="#CCCCCC")
+            ax.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside upper center", ncols=2, frameon=False)
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(output, format="png")
+        except OSError as error:
+            raise UserError(f"--figure {output} cannot be written ({error}); give a .png file of yours") from error
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a file of the study; none where there is no file. A row that a kill cut off is left out.
+
+    Raises:
+        UserError: the file is another, or of other settings.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != list(columns):
+            raise UserError(f"file {path} is not of this study: its columns differ; give another --rows")
+        rows = [row for row in reader if None not in row.values() and None not in row]
+    for row in rows if "seed" in columns else ():
+        expected = {name: str(value) for name, value in asdict(SETTINGS[row["data"]]).items()}
+        if any(row[name] != value for name, value in expected.items()):
+            raise UserError(f"file {path} has runs of other settings ({row['data']}); give another --rows")
+    return rows
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    """Add a row, flushed to the disk; what is there is kept, without a line that a kill cut off."""
+    _write(path, COLUMNS, [*read_rows(path, COLUMNS), row])
+
+
+def _write(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.partial")
+    with beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _costs_file(rows: Path) -> Path:
+    return rows.with_name(f"{rows.stem}_cost.csv")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of this tool's command line."""
+    parser = SentenceParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    study = commands.add_parser("run", help=run.__doc__)
+    study.add_argument("--data-dir", type=Path, required=True, metavar="DIR", help="holds nmnist/ and objects/")
+    study.add_argument("--seeds", type=whole(1), default=5, metavar="N", help="1 to N; default: 5")
+    study.add_argument("--processes", type=whole(1), default=2, metavar="N", help="of one thread each; default: 2")
+    study.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    study.add_argument("--data", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="default: both")
+    shown = commands.add_parser("table", help=table.__doc__)
+    for command in (study, shown):
+        command.add_argument("--rows", type=Path, default=ROOT / "docs" / "study.csv", help="default: docs/study.csv")
+        command.add_argument("--figure", type=Path, default=ROOT / "docs" / "study.png", help="default: docs/study.png")
+    study.set_defaults(function=run)
+    shown.set_defaults(function=table)
+    return parser
+
+
+def main() -> None:
+    """Do what the command says."""
+    args = make_parser().parse_args()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)

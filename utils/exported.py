@@ -1,0 +1,110 @@
+"""Exported weights: a safetensors file with plain values beside them, and its SHA-256 in a file of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.files import DamagedFileError, partial_of
+
+__all__ = ["SUFFIX", "checksum_file", "read_exported", "sha256_of", "write_exported"]
+
+SUFFIX = ".safetensors"
+
+
+def write_exported(weights: Mapping[str, Tensor], beside: Mapping[str, Any], path: Path) -> None:
+    """Write weights as a safetensors file, and its SHA-256 beside it in the form of ``sha256sum``.
+
+    Args:
+        weights: name to tensor.
+        beside: plain values; each is stored as JSON under its name in the metadata of the file.
+        path: ends with ``.safetensors``.
+
+    Raises:
+        UserError: the file exists already, or cannot be written.
+    """
+    if path.suffix != SUFFIX:
+        raise UserError(f"output {path} must end with {SUFFIX}, by which the scripts know the format")
+    if path.exists():
+        raise UserError(f"output {path} exists already; delete it or choose another name")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    metadata = {name: json.dumps(value) for name, value in beside.items()}
+    partial, checksum = partial_of(path), checksum_file(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata)
+        line = f"{sha256_of(partial)}  {path.name}\n"
+        checksum.unlink(missing_ok=True)  # of a file that is gone
+        os.replace(partial, path)
+        partial_of(checksum).write_text(line, encoding="utf-8")
+        os.replace(partial_of(checksum), checksum)
+    except OSError as error:
+        raise UserError(f"output {path} cannot be written: {error.strerror or error}; choose another folder") from error
+
+
+def read_exported(path: Path) -> dict[str, Any]:
+    """Read an exported file: its tensors under ``model``, and the plain values beside them under their names.
+
+    Raises:
+        DamagedFileError: the file is not what its checksum was made of, or no whole safetensors file.
+        UserError: it is missing or cannot be opened.
+    """
+    if not path.is_file():
+        raise UserError(f"file {path} does not exist; give the path of a {SUFFIX} file")
+    _check_sum(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+            metadata = file.metadata() or {}
+    except OSError as error:
+        raise UserError(f"file {path} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise DamagedFileError(
+            f"file {path} is damaged or is no safetensors file ({error}); download or copy it again"
+        ) from error
+    return {**{name: _plain(text) for name, text in metadata.items()}, "model": weights}
+
+
+def checksum_file(path: Path) -> Path:
+    """Where the SHA-256 of an exported file lies."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_sum(path: Path) -> None:
+    """Compare with the checksum beside the file, where there is one."""
+    beside = checksum_file(path)
+    if not beside.is_file():
+        return
+    try:
+        stored = beside.read_text(encoding="utf-8").split()
+        found = sha256_of(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"file {path} cannot be checked against {beside}: {error}") from error
+    if not stored or stored[0].lower() != found:
+        raise DamagedFileError(
+            f"file {path} has the SHA-256 {found}, and {beside} tells {stored[0] if stored else 'none'}; one of the "
+            "two is damaged or of another file: download or copy both again"
+        )
+
+
+def _plain(text: str) -> Any:
+    """A value of the metadata; those of other programs are text and no JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
