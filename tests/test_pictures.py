@@ -113,7 +113,7 @@ def test_mistakes_in_a_whole_data_set_are_sentences(small_data, tmp_path):
     call("DVS128Gesture", small_data, 2, tmp_path / "png")
     (tmp_path / "png/train/0/s1_0.png").unlink()
     (small_data / "frames_number_2_split_by_number/train/0/s1.npz").write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"s1\.npz cannot be read"):
+    with pytest.raises(UserError, match=r"s1\.npz: cannot be read"):
         call("DVS128Gesture", small_data, 2, tmp_path / "png")
 
 

@@ -78,7 +78,9 @@ def show_frames(args: argparse.Namespace) -> None:
         )
         print(f"{made} pictures made, those that were there kept; all are in {output}")
         return
-    data = load_event_data(args.data_set, data_dir, args.timesteps, sensor_size=args.sensor_size, demo=args.demo)
+    data = load_event_data(
+        args.data_set, data_dir, args.timesteps, sensor_size=args.sensor_size, demo=args.demo, frames="npz"
+    )
     index = find_sample(data.test, args.sample)
     path, label = data.test.files[index]
     frames = data.test[index][0].numpy()

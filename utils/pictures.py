@@ -116,7 +116,7 @@ def save_every_frame_of_an_entire_DVS_dataset(  # noqa: N802 - the published nam
     for what, value in {"time_steps": time_steps, "number_of_threads": number_of_threads}.items():
         if value < 1:
             raise UserError(f"{what}={value} must be a whole number of at least 1")
-    data = load_event_data(name, Path(dataset_path), time_steps, sensor_size=sensor_size)
+    data = load_event_data(name, Path(dataset_path), time_steps, sensor_size=sensor_size, frames="npz")
     parts = {"train": data.train, "test": data.test}
     made = 0
     with ThreadPoolExecutor(number_of_threads) as pool:
