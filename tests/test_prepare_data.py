@@ -9,12 +9,14 @@ import resource
 import signal
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from tests.test_recordings import aedat2, aedat3, events, five_bytes, packet
 from tools import prepare_data
@@ -170,6 +172,7 @@ def in_child(root, seconds=None, limit=None):
     def work():
         os.setsid()
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        tqdm.set_lock(threading.RLock())  # forked processes share the usual one, and a killed one may hold it
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         prepare_in(root, *SMALL)
@@ -177,7 +180,7 @@ def in_child(root, seconds=None, limit=None):
     began = time.monotonic()
     child = FORK.Process(target=work)
     child.start()
-    child.join(seconds)
+    child.join(120 if seconds is None else seconds)
     if child.is_alive():
         os.kill(child.pid, signal.SIGKILL)
         child.join()
