@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tqdm import tqdm
 
 from tests.test_recordings import aedat2, aedat3, events, five_bytes, packet
@@ -224,6 +225,7 @@ def test_a_folder_that_cannot_be_used_is_one_sentence(prepare, tmp_path):
 
 
 def prepared_counts(root, results):
+    torch.set_num_threads(1)  # the threads of the parent are not there after a fork
     data = load_event_data("ncaltech101", root, 3, any_archive=True, sensor_size=(128, 128))
     results.put((len(data.train), len(data.test), float(data.train[26][0].sum() + data.test[2][0].sum())))
 
