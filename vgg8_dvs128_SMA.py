@@ -45,7 +45,7 @@ RECIPE = {
 }
 # What --demo changes: small enough to learn in two minutes on two CPU cores.
 DEMO = {"timesteps": 4, "width": 0.25, "frame_size": [32, 32], "keep_frames": True}
-DEMO |= {"batch_size": 16, "epochs": 16, "lr": 3e-3}
+DEMO |= {"batch_size": 8, "epochs": 24, "lr": 2e-3}
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> VGG8:
