@@ -97,7 +97,7 @@ def test_an_example_runs_and_prints_what_its_comment_says(number):
 
 
 def test_the_calls_that_make_pictures_fit_the_functions():
-    _, example = code("python")
+    (example,) = (block for block in code("python") if "utils.pictures" in block)
     calls = [node for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Call)]
     assert {call.func.id for call in calls} == {"save_as_pic", "save_every_frame_of_an_entire_DVS_dataset"}
     for call in calls:
