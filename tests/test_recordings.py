@@ -2,7 +2,10 @@
 
 import importlib
 import struct
+import sys
+import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -189,3 +192,16 @@ def test_any_bytes_give_valid_events_or_a_named_error_in_little_memory(kind, con
     found = found[0] if kind == "aedat3" else found
     assert list(found) == ["t", "x", "y", "p"] and len({len(values) for values in found.values()}) == 1
     assert set(found["p"].tolist()) <= {0, 1} and all(values.min(initial=0) >= 0 for values in found.values())
+
+
+def test_threads_that_import_at_once_do_not_take_the_placeholder_from_each_other():
+    began = threading.Barrier(8)
+
+    def enter(_):
+        began.wait()
+        for _ in range(50):
+            with _torchaudio_or_placeholder():
+                assert "torchaudio" in sys.modules
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(enter, range(8)))

@@ -283,8 +283,7 @@ def lost(work: Path, data: Path, quick: bool) -> Found:
             run.wait(0.02)
         seconds, code = time.monotonic() - began, run.codes[other]
         run.end()
-        # Now and then the code is 1 although the message is told and the exit is on its way: not understood yet.
-        if code not in (1, 3) or seconds > TIMEOUT + 5 or not _is_one_message(run.text()):
+        if code != 3 or seconds > TIMEOUT + 5 or not _is_one_message(run.text()):
             return f"{number.name} to rank {rank}: exit code {code}, {seconds:.1f} s: {run.text()[-300:]}", False
         figures.append(f"{number.name} to rank {rank}: {seconds:.1f} s")
     return f"{', '.join(figures)} (time-out {TIMEOUT} s)", True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from functools import cache
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 
 __all__ = ["integrate", "load_npz_frames", "published_md5"]
+
+_importing = threading.RLock()  # sys.modules belongs to all threads, and several prepare at once
 
 
 def integrate(events: dict[str, np.ndarray], T: int, sensor: tuple[int, int]) -> np.ndarray:
@@ -46,15 +49,16 @@ def _function(name: str) -> Any:
 @contextlib.contextmanager
 def _torchaudio_or_placeholder() -> Iterator[None]:
     """SpikingJelly 2.x imports torchaudio with every data set, for speech; its newest release refuses a newer torch."""
-    try:
-        importlib.import_module("torchaudio")
-    except Exception:  # RuntimeError for another CUDA, OSError for another torch, ImportError where it is absent
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
-            del sys.modules[name]
-        sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+    with _importing:
         try:
+            importlib.import_module("torchaudio")
+        except Exception:  # RuntimeError for another CUDA, OSError for another torch, ImportError where it is absent
+            for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
+                del sys.modules[name]
+            sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+            try:
+                yield
+            finally:
+                del sys.modules["torchaudio"]
+        else:
             yield
-        finally:
-            del sys.modules["torchaudio"]
-    else:
-        yield
