@@ -9,8 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from utils.errors import exit_with_sentence
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined, so before models is imported
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {

@@ -59,4 +59,6 @@ def test_models_import_neither_utils_nor_tools_and_nothing_imports_a_script():
         if path.parent.name == "models":
             assert not imported & {"utils", "tools"}, path
         if path.name == "sma.py":
-            assert imported <= {"__future__", "collections", "contextlib", "torch", "einops", "spikingjelly"}
+            # "" is "from . import sma_triton", which may be missing where the file is copied.
+            allowed = {"__future__", "collections", "contextlib", "functools", "warnings", ""}
+            assert imported <= allowed | {"torch", "einops", "spikingjelly"}
