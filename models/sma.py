@@ -29,7 +29,7 @@ try:
 except ImportError:  # no Triton on this machine, or this file was copied without that one
     _triton = None
 
-__all__ = ["SMA", "SMA_L", "attention_zoneout"]
+__all__ = ["SMA", "SMA_L", "attention_zoneout", "has_kernels"]
 
 
 def attention_zoneout(z: Tensor, w_time: Tensor, w_channel: Tensor, RTR: int = 4, RCR: int = 4) -> Tensor:
@@ -366,11 +366,11 @@ def _unpack(bits: Tensor, like: Tensor) -> Tensor:
 
 def _in_kernels(x: Tensor) -> bool:
     """Whether a pass over ``x`` runs in the kernels of sma_triton.py. A compiler makes its own."""
-    return x.is_cuda and not torch.compiler.is_compiling() and _has_kernels(x.device)
+    return x.is_cuda and not torch.compiler.is_compiling() and has_kernels(x.device)
 
 
 @cache
-def _has_kernels(device: torch.device) -> bool:
+def has_kernels(device: torch.device) -> bool:
     """Whether the kernels work on ``device``: seen once, on a small problem that PyTorch solves, too."""
     if _triton is None:
         return False

@@ -155,7 +155,7 @@ def test_kernels_that_do_not_work_are_left_out_with_a_warning(monkeypatch, fault
             raise RuntimeError("no compiler")
         return torch.zeros_like(y[..., 0, 0]), y[0]
 
-    work = sma._has_kernels.__wrapped__
+    work = sma.has_kernels.__wrapped__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert work(DEVICE)

@@ -307,13 +307,14 @@ def _wait(device: torch.device) -> None:
 
 
 def _peak_memory(name: str, form: str, kind: str, setting: Setting, step: Step) -> float:
-    """Peak memory of one step in GiB: of the device, or of a process of its own on a CPU."""
+    """Peak memory of one step in GiB: on a GPU above what lay there before, on a CPU of a process of its own."""
     device = torch.device(setting.device)
     if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)  # the other forms are there, too
         torch.cuda.reset_peak_memory_stats(device)
         step()
         _wait(device)
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**30
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_resident_peak, (name, form, kind, setting, torch.get_num_threads()))
 
