@@ -96,14 +96,14 @@ def main() -> None:
             load_weights(net, args.weights)
         if args.channels_last:
             to_channels_last(net)
-        prepare, test_loss = normalized(args.channels_last), cross_entropy()
+        prepare, device = normalized(args.channels_last), process.device
+        tested = {"criterion": cross_entropy(), "device": device, "prepare": prepare, "top": 5, "amp": args.eval_amp}
         log = RunLog(args.output_dir, process, args.log_dir, net)
         facts = describe_image_run(args, data, net, backend, process)
         log.header(facts, deviations(args, RECIPE))
 
         if args.evaluate:
-            batches = log.progress(test_batches, "test")
-            result = evaluate(net, batches, test_loss, process.device, prepare, top=5)
+            result = evaluate(net, log.progress(test_batches, "test"), **tested)
             write_evaluation(args.output_dir, process, result, **facts)
             return
 
@@ -137,12 +137,12 @@ def main() -> None:
                         args.accumulate, epoch, progress, args.nan_limit,
                     )  # fmt: skip
                     batches = stop.watch(log.progress(test_batches, f"test {epoch}/{args.epochs}"))
-                    test = evaluate(evaluated, batches, test_loss, process.device, prepare, top=5)
+                    test = evaluate(evaluated, batches, **tested)
                 scheduler.step()
                 log.epoch(epoch, args.epochs, train, test, lr, time.monotonic() - began)
                 checkpoints.save(epoch, test["acc1"])
 
-        final = evaluate(evaluated, log.progress(test_batches, "test"), test_loss, process.device, prepare, top=5)
+        final = evaluate(evaluated, log.progress(test_batches, "test"), **tested)
         log.finish(final, checkpoints.best, facts)
 
 

@@ -99,7 +99,7 @@ def main() -> None:
         log.header(facts, deviations(args, RECIPE, process.world_size))
 
         if args.evaluate:
-            result = evaluate(net, log.progress(test_batches, "test"), mse_of_mean, process.device)
+            result = evaluate(net, log.progress(test_batches, "test"), mse_of_mean, process.device, amp=args.eval_amp)
             write_evaluation(args.output_dir, process, result, **facts)
             return
 
@@ -126,12 +126,12 @@ def main() -> None:
                         accumulate=args.accumulate, epoch=epoch, progress=progress, nan_limit=args.nan_limit,
                     )  # fmt: skip
                     batches = stop.watch(log.progress(test_batches, f"test {epoch}/{args.epochs}"))
-                    test = evaluate(net, batches, mse_of_mean, process.device)
+                    test = evaluate(net, batches, mse_of_mean, process.device, amp=args.eval_amp)
                 scheduler.step()
                 log.epoch(epoch, args.epochs, train, test, lr, time.monotonic() - began)
                 checkpoints.save(epoch, test["acc1"])
 
-        final = evaluate(net, log.progress(test_batches, "test"), mse_of_mean, process.device)
+        final = evaluate(net, log.progress(test_batches, "test"), mse_of_mean, process.device, amp=args.eval_amp)
         log.finish(final, checkpoints.best, facts)
 
 

@@ -197,6 +197,13 @@ def test_the_gradients_of_the_parts_add_up_to_those_of_the_batch():
         assert loss == pytest.approx(results[0][1], rel=1e-6)
 
 
+def test_an_evaluation_in_half_precision_is_near_and_its_loss_is_float32():
+    net, (frames, labels) = small(), samples(9)
+    full, half = (evaluate(net, batches(frames, labels, 3), mse_of_mean, CPU, amp=amp) for amp in ("off", "bf16"))
+    assert half["count"] == full["count"] == 9
+    assert half["loss"] != full["loss"] and half["loss"] == pytest.approx(full["loss"], rel=0.05)
+
+
 def test_top_5_counts_the_label_among_the_five_largest():
     logits = torch.arange(8.0).repeat(4, 1)  # the five largest are 3 to 7
     net = nn.Sequential(nn.Identity())

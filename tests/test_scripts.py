@@ -169,6 +169,7 @@ def test_training_can_start_from_weights(script, gesture_data, tmp_path):
         (["--device", "tpu9"], "--device 'tpu9' is unknown; use cpu, cuda or cuda:N"),
         (["--backend", "cupy"], "--backend cupy cannot be used"),
         (["--amp", "fp16"], "--amp fp16 needs a GPU"),
+        (["--eval-amp", "fp16"], "--eval-amp fp16 needs a GPU"),
         (["--demo"], "--demo makes its own data; leave out either --demo or --data-dir"),
         (["--evaluate"], "--evaluate needs --weights FILE"),
         (["--resume", "nothing.pt"], "file nothing.pt does not exist"),

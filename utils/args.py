@@ -51,6 +51,7 @@ COMMON: dict[str, Any] = {
     "timeout": 600.0,
     "device": None,
     "amp": None,
+    "eval_amp": "off",
     "backend": "auto",
     "num_workers": None,
     "local_rank": None,
@@ -117,6 +118,7 @@ def add_run(parser: ScriptParser, name: str) -> None:
     add("--deterministic", action="store_true", help="bit-equal reruns on this machine")
     add("--timeout", type=above_zero, metavar="S", help="seconds to wait for a lost process", default=600.0)
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N", default="a GPU where there is one")
+    add("--eval-amp", choices=("fp16", "bf16", "off"), help="mixed precision in evaluation", default="off")
     add("--backend", choices=("auto", "cupy", "torch"), help="of the neurons", default="auto")
     add("--num-workers", type=whole(0), metavar="N", help="loader processes", default="the cores, at most 8")
     add("--local-rank", "--local_rank", type=whole(0), metavar="N", help="set by older launchers")
@@ -146,8 +148,9 @@ def complete(args: argparse.Namespace, data_set: str, run: str) -> None:
         args.num_workers = _workers()
     on_gpu = torch.cuda.is_available() if args.device is None else args.device.startswith("cuda")
     args.amp = args.amp or ("fp16" if on_gpu else "off")
-    if args.amp == "fp16" and not on_gpu:
-        raise UserError("--amp fp16 needs a GPU; use --amp bf16 or --amp off on a CPU")
+    for flag, amp in {"--amp": args.amp, "--eval-amp": args.eval_amp}.items():
+        if amp == "fp16" and not on_gpu:
+            raise UserError(f"{flag} fp16 needs a GPU; use {flag} bf16 or {flag} off on a CPU")
 
 
 def told_by_weights(

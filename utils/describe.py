@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.sma import has_kernels
 from utils.datasets import EventData
 from utils.distributed import Process
 from utils.images import ImageData
@@ -53,10 +54,13 @@ def describe_image_run(args: Any, data: ImageData, net: nn.Module, backend: str,
 
 
 def _with_common_facts(facts: dict[str, str], args: Any, backend: str, process: Process) -> dict[str, str]:
-    device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "CPU"
+    on_gpu = process.device.type == "cuda"
+    device = torch.cuda.get_device_name(process.device) if on_gpu else "CPU"
+    evaluation = _precision(args.eval_amp)
     facts |= {
         "neurons": backend,
-        "precision": "fp32" if args.evaluate else f"training {args.amp.replace('off', 'fp32')}, evaluation fp32",
+        "SMA": ("Triton kernels" if has_kernels(process.device) else "PyTorch, no kernels") if on_gpu else "",
+        "precision": evaluation if args.evaluate else f"training {_precision(args.amp)}, evaluation {evaluation}",
         "processes": f"{process.world_size} on {device}",
         "schedule": "" if args.evaluate else f"{args.epochs} epochs, lr {args.lr:g}, seed {args.seed}",
         "weights": str(args.weights) if args.evaluate else "",
@@ -64,6 +68,10 @@ def _with_common_facts(facts: dict[str, str], args: Any, backend: str, process: 
         "output": str(args.output_dir),
     }
     return {name: words for name, words in facts.items() if words}
+
+
+def _precision(amp: str) -> str:
+    return "fp32" if amp == "off" else amp
 
 
 def _depthwise(args: Any) -> str:

@@ -129,7 +129,7 @@ def train_one_epoch(
             some, their_labels = _to_device(some, their_labels, device)
             inputs, targets = prepare(some, their_labels)
             with _gradients_stay_local(net) if number < len(parts) else nullcontext():
-                with torch.autocast(device.type, dtype=AMP_DTYPES[amp], enabled=AMP_DTYPES[amp] is not None):
+                with _autocast(device, amp):
                     logits = net(inputs)
                 loss = criterion(logits, targets)
                 scaler.scale(loss * (len(some) / len(samples))).backward()
@@ -171,8 +171,12 @@ def evaluate(
     device: torch.device,
     prepare: Prepare = time_first,
     top: int = 1,
+    amp: str = "off",
 ) -> dict[str, float]:
-    """Evaluate every sample once, in float32 as published; exact for any number of processes and any batch size.
+    """Evaluate every sample once; exact for any number of processes and any batch size.
+
+    In float32 as published, or with ``amp`` as in training, which changes the predictions where potentials come within
+    a rounding of the threshold.
 
     BatchNorm is folded into the convolutions of a copy, which changes rounding only; ``net`` stays as it is.
     ``batches`` of all processes together hold every sample once (no padding). Returns as :func:`train_one_epoch`;
@@ -186,10 +190,16 @@ def evaluate(
     for samples, labels in batches:
         samples, labels = _to_device(samples, labels, device)
         inputs, targets = prepare(samples, labels)
-        logits = net(inputs)
+        with _autocast(device, amp):
+            logits = net(inputs)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         reset_net(net)
         progress.add(criterion(logits, targets), logits, labels)
     return progress.result()
+
+
+def _autocast(device: torch.device, amp: str) -> torch.autocast:
+    return torch.autocast(device.type, dtype=AMP_DTYPES[amp], enabled=AMP_DTYPES[amp] is not None)
 
 
 def _rate(optimizer: torch.optim.Optimizer) -> float:

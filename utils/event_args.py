@@ -44,7 +44,7 @@ _COMMON: dict[str, Any] = {
 _RECIPE_FIELDS = (
     "demo", "timesteps", "width", "sma_blocks", "branch_activation", "branch_groups", "AZO", "RCR", "RTR",
     "sensor_size", "frame_size", "split", "split_seed", "flip", "batch_size", "accumulate", "epochs", "lr",
-    "decay", "amp", "seed", "weights",
+    "decay", "amp", "eval_amp", "seed", "weights",
 )  # fmt: skip
 
 _EVALUATION_FIELDS = (

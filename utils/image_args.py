@@ -47,7 +47,7 @@ _COMMON: dict[str, Any] = {
 _RECIPE_FIELDS = (
     "demo", "net", "timesteps", "width", "sma_blocks", "branch_groups", "AZO", "RCR", "RTR", "image_size", "test_crop",
     "decoder", "batch_size", "accumulate", "epochs", "lr", "warm_up", "decay", "label_smoothing", "mixup", "ema", "amp",
-    "seed", "weights",
+    "eval_amp", "seed", "weights",
 )  # fmt: skip
 
 _EVALUATION_FIELDS = ("demo", "timesteps", "width", "sma_blocks", "branch_groups", "test_crop", "decoder")
