@@ -6,7 +6,8 @@
 DIR/nmnist holds N-MNIST as extract/Caltech101/<digit>/*.bin and split.csv (lines train,<digit>/<sample> and
 test,<digit>/<sample>: its own Train and Test); DIR/objects holds DVS128 recordings as extract/DvsGesture. A killed
 study goes on with the same command. Seeds vary the first weights, dropout and the order; of one seed all variants share
-the first weights outside their attention. Reported is the final epoch: no epoch is chosen by the test set.
+the first weights outside their attention. The learning rate of every variant is the better of two on a fifth of the
+training samples, held out from a run of its own (seed 0); reported is the final epoch. The test samples choose nothing.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a file: the modules of the repository are one folder up
@@ -48,7 +52,16 @@ from utils.loaders import make_loaders, set_epoch  # noqa: E402
 from utils.losses import mse_of_mean, tet  # noqa: E402
 from utils.preempt import in_worker  # noqa: E402
 
-__all__ = ["SETTINGS", "VARIANTS", "make_parser", "put_after_convolutions", "summary", "to_markdown"]
+__all__ = [
+    "SETTINGS",
+    "VARIANTS",
+    "Task",
+    "chosen_rates",
+    "make_parser",
+    "put_after_convolutions",
+    "summary",
+    "to_markdown",
+]
 
 BASELINE = "no attention"
 BLOCKS = (2, 3)  # where the published network has SMA
@@ -72,16 +85,29 @@ class Settings:
     """Of one data set; stored in every row."""
 
     epochs: int
-    lr: float
     T: int = 4
     width: float = 0.25
     batch_size: int = 16
 
 
-SETTINGS = {"N-MNIST": Settings(epochs=10, lr=2e-3), "DVS128 objects": Settings(epochs=15, lr=3e-3)}
+@dataclass(frozen=True)
+class Task:
+    """What makes a run another than all others; stored in its row."""
+
+    data: str
+    variant: str
+    seed: int
+    lr: float
+    measured_on: str  # one of the two below
+
+
+TEST, HELD_OUT = "test", "held out"  # the test samples; every fifth training sample, on which the run did not train
+SETTINGS = {"N-MNIST": Settings(epochs=10), "DVS128 objects": Settings(epochs=15)}
+RATES = (1e-3, 3e-3)
 COLUMNS = (
-    "data", "variant", "seed", *Settings.__annotations__, "split", "acc1", "correct", "count", "train_acc1",
-    "parameters", "scale_weights", "time_weight_deviation", "cpu_seconds", "torch", "spikingjelly",
+    *Task.__annotations__, *Settings.__annotations__, "split", "acc1", "correct", "count", "loss", "train_acc1",
+    "parameters", "scale_weights", "scale_largest", "time_weight_untrained", "time_weight_trained",
+    "time_weight_over_samples", "cpu_seconds", "torch", "spikingjelly",
 )  # fmt: skip
 COST_COLUMNS = ("data", "variant", "steps", "cpu_ms", "ratio")
 
@@ -117,73 +143,97 @@ def _recipe(name: str, net: nn.Module, lr: float) -> tuple[torch.optim.Optimizer
     return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-3), mse_of_mean
 
 
-def train(name: str, variant: str, seed: int, data_dir: Path) -> dict[str, Any]:
+def train(task: Task, data_dir: Path) -> dict[str, Any]:
     """One run in this process, on one thread: a row of the study."""
     torch.set_num_threads(1)
     began = time.process_time()
-    settings, device = SETTINGS[name], torch.device("cpu")
-    data = _load(name, data_dir)
-    net = _build(variant, settings, len(data.classes), seed)
-    batches, test_batches = make_loaders(data, settings.batch_size, 0, seed, Process(0, 0, 1, device))
-    optimizer, criterion = _recipe(name, net, settings.lr)
+    settings, device = SETTINGS[task.data], torch.device("cpu")
+    data = _load(task.data, data_dir)
+    if task.measured_on == HELD_OUT:
+        data = _without_test(data)
+    net = _build(task.variant, settings, len(data.classes), task.seed)
+    batches, test_batches = make_loaders(data, settings.batch_size, 0, task.seed, Process(0, 0, 1, device))
+    optimizer, criterion = _recipe(task.data, net, task.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    torch.manual_seed(seed)  # attention drew numbers: dropout is the same in all variants
-    trained = {}
+    torch.manual_seed(task.seed)  # attention drew numbers: dropout is the same in all variants
+    seen = _Weights(net)
+    evaluate(net, test_batches, criterion, device)
+    untrained, trained = seen.take(), {}
     for epoch in range(1, settings.epochs + 1):
         set_epoch(batches, epoch)
         trained = train_one_epoch(net, batches, criterion, optimizer, scaler, device, epoch=epoch)
         scheduler.step()
-    seen = _Weights(net)
+    seen.take()
     result = evaluate(net, test_batches, criterion, device)
+    found = seen.take()
     return {
-        "data": name, "variant": variant, "seed": seed, **asdict(settings), "split": data.split.split("/")[-1],
+        **asdict(task), **asdict(settings), "split": data.split.split("/")[-1],
         "acc1": f"{result['acc1']:.6g}", "correct": result["correct"], "count": result["count"],
-        "train_acc1": f"{trained['acc1']:.6g}", "parameters": sum(p.numel() for p in net.parameters()),
-        **seen.summary(), "cpu_seconds": f"{time.process_time() - began:.1f}",
+        "loss": f"{result['loss']:.6g}", "train_acc1": f"{trained['acc1']:.6g}",
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "scale_weights": found["scale_weights"], "scale_largest": found["scale_largest"],
+        "time_weight_untrained": untrained["time_weight"], "time_weight_trained": found["time_weight"],
+        "time_weight_over_samples": found["over_samples"], "cpu_seconds": f"{time.process_time() - began:.1f}",
         "torch": torch.__version__, "spikingjelly": spikingjelly_version(),
     }  # fmt: skip
 
 
-def _train_task(task: tuple[str, str, int, Path]) -> dict[str, Any]:
-    return train(*task)
+def _without_test(data: EventData) -> EventData:
+    """Every fifth training sample in the place of the test samples."""
+    held_out = range(0, len(data.train), 5)  # the samples are sorted by class
+    rest = sorted(set(range(len(data.train))) - set(held_out))
+    return replace(data, train=Subset(data.train, rest), test=Subset(data.train, held_out))
 
 
 class _Weights:
-    """Watches the weights of all SMA in an evaluation."""
+    """Watches the weights of all SMA of a network."""
 
     def __init__(self, net: nn.Module):
-        self.scales: list[Tensor] = []
-        self.deviations: list[float] = []
+        self.seen: list[list[tuple[Tensor, Tensor]]] = []  # of every SMA, of every pass
         for module in net.modules():
             if isinstance(module, SMA):
-                module.observer = self._observe
+                of_module: list[tuple[Tensor, Tensor]] = []
+                self.seen.append(of_module)
+                module.observer = lambda w_time, w_channel, _, to=of_module: to.append((w_time, w_channel))
 
-    def _observe(self, w_time: Tensor, w_channel: Tensor, _: Tensor | None) -> None:
-        self.scales.append(w_channel.flatten(1).mean(1))
-        self.deviations.append((w_time - 1 / len(w_time)).abs().mean().item())
+    def take(self) -> dict[str, str]:
+        """What was seen since the last call, means over the SMA; empty where there are none.
 
-    def summary(self) -> dict[str, str]:
-        """Mean channel weight of every scale; mean distance of a time weight from the uniform one. Empty: no SMA."""
-        if not self.scales:
-            return {"scale_weights": "", "time_weight_deviation": ""}
-        means = torch.stack(self.scales).mean(0).tolist()
-        deviation = statistics.fmean(self.deviations)
-        return {"scale_weights": " ".join(f"{v:.4f}" for v in means), "time_weight_deviation": f"{deviation:.5f}"}
+        Returns:
+            ``scale_weights``: the mean channel weight of every scale. ``scale_largest``: in which share of the channels
+            (over samples and steps) it is the largest. ``time_weight``: mean distance of the time weights from the
+            uniform one. ``over_samples``: their mean standard deviation over the samples.
+        """
+        names = ("scale_weights", "scale_largest", "time_weight", "over_samples")
+        if not self.seen:
+            return dict.fromkeys(names, "")
+        values: dict[str, list[Tensor]] = {name: [] for name in names}
+        for of_module in self.seen:
+            w_time = torch.cat([time for time, _ in of_module], -1)  # [S, T, samples]
+            w_channel = torch.cat([channel for _, channel in of_module], -2).flatten(1)
+            scales = len(w_time)
+            values["scale_weights"].append(w_channel.mean(1))
+            values["scale_largest"].append(w_channel.argmax(0).bincount(minlength=scales) / w_channel.shape[1])
+            values["time_weight"].append((w_time - 1 / scales).abs().mean()[None])
+            values["over_samples"].append(w_time.std(-1).mean()[None])
+            of_module.clear()
+        means = {name: torch.stack(of_modules).mean(0).tolist() for name, of_modules in values.items()}
+        return {name: " ".join(f"{value:.4f}" for value in of_scales) for name, of_scales in means.items()}
 
 
-def measure_costs(data_dir: Path, steps: int = 15) -> list[dict[str, Any]]:
+def measure_costs(data_dir: Path, names: Sequence[str], steps: int = 15) -> list[dict[str, Any]]:
     """CPU time of a training step of every variant, in turn, in this process alone: medians and ratios of medians."""
     torch.set_num_threads(1)
     rows = []
-    for name, settings in SETTINGS.items():
-        data = _load(name, data_dir)
+    for name in names:
+        settings, data = SETTINGS[name], _load(name, data_dir)
         samples = torch.stack([data.train[i][0] for i in range(settings.batch_size)])
         labels = torch.tensor([data.train[i][1] for i in range(settings.batch_size)])
         tasks = {}
         for variant in VARIANTS:
             net = _build(variant, settings, len(data.classes), seed=0)
-            tasks[variant] = (net, *_recipe(name, net, settings.lr))
+            tasks[variant] = (net, *_recipe(name, net, RATES[0]))
         spent: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         for _ in range(steps + 1):
             for variant, (net, optimizer, criterion) in tasks.items():
@@ -207,32 +257,65 @@ def measure_costs(data_dir: Path, steps: int = 15) -> list[dict[str, Any]]:
 
 def run(args: argparse.Namespace) -> None:
     """Train what has no row yet, measure the cost of a step, and write table and figure."""
-    done = {(row["data"], row["variant"], int(row["seed"])) for row in read_rows(args.rows, COLUMNS)}
-    wanted = itertools.product(range(1, args.seeds + 1), args.data, args.variants)  # all variants of a seed first
-    todo = [(name, variant, seed) for seed, name, variant in wanted if (name, variant, seed) not in done]
     for name in args.data:
         _load(name, args.data_dir)  # makes the frames once, before the processes start
-    print(f"{len(done)} runs are there, {len(todo)} to do", flush=True)
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # leaves the pool, which ends its processes
-    with multiprocessing.get_context("spawn").Pool(args.processes, in_worker, (0,)) as pool:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), in_worker, (0,)) as pool:
         try:
-            rows = pool.imap_unordered(_train_task, [(*task, args.data_dir) for task in todo])
-            for number, row in enumerate(rows, 1):
-                _append(args.rows, row)
-                print(
-                    f"{number}/{len(todo)}  {row['data']}, {row['variant']}, seed {row['seed']}: {row['acc1']} % "
-                    f"({row['correct']}/{row['count']}), {row['cpu_seconds']} s",
-                    flush=True,
-                )
-        except KeyboardInterrupt:
+            trials = itertools.product(args.data, args.variants, RATES)
+            _train_missing(pool, args, [Task(name, variant, 0, lr, HELD_OUT) for name, variant, lr in trials])
+            chosen = chosen_rates(read_rows(args.rows, COLUMNS))
+            runs = itertools.product(range(1, args.seeds + 1), args.data, args.variants)  # all variants of a seed first
+            tasks = [Task(name, variant, seed, chosen[name, variant], TEST) for seed, name, variant in runs]
+            _train_missing(pool, args, tasks)
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"a process of the study was killed (--processes {args.processes}: is there memory for them?); "
+                f"finished runs are in {args.rows}, and the same command does the rest"
+            ) from error
+        except (KeyboardInterrupt, SystemExit) as stop:
+            for child in multiprocessing.active_children():
+                child.kill()
             print(f"\nstopped; finished runs are in {args.rows}, and the same command does the rest", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
+            sys.exit(stop.code if isinstance(stop, SystemExit) else 128 + signal.SIGINT)
     costs = _costs_file(args.rows)
-    if not costs.exists():
-        _write(costs, COST_COLUMNS, measure_costs(args.data_dir))
+    measured = read_rows(costs, COST_COLUMNS)
+    if missing := [name for name in args.data if name not in {row["data"] for row in measured}]:
+        _write(costs, COST_COLUMNS, [*measured, *measure_costs(args.data_dir, missing)])
     table(args)
+
+
+def _train_missing(pool: ProcessPoolExecutor, args: argparse.Namespace, tasks: Sequence[Task]) -> None:
+    """Train the tasks that have no row yet, and write each row as it comes."""
+    done = {_task_of(row) for row in read_rows(args.rows, COLUMNS)}
+    todo = [task for task in tasks if task not in done]
+    print(
+        f"measured on {tasks[0].measured_on} samples: {len(tasks) - len(todo)} runs are there, {len(todo)} to do",
+        flush=True,
+    )
+    futures = [pool.submit(train, task, args.data_dir) for task in todo]
+    for number, future in enumerate(as_completed(futures), 1):
+        row = future.result()
+        _append(args.rows, row)
+        print(
+            f"{number}/{len(todo)}  {row['data']}, {row['variant']}, seed {row['seed']}, lr {row['lr']:g}: "
+            f"{row['acc1']} % ({row['correct']}/{row['count']}), {row['cpu_seconds']} s",
+            flush=True,
+        )
+
+
+def _task_of(row: dict[str, str]) -> Task:
+    return Task(row["data"], row["variant"], int(row["seed"]), float(row["lr"]), row["measured_on"])
+
+
+def chosen_rates(rows: Sequence[dict[str, str]]) -> dict[tuple[str, str], float]:
+    """(data set, variant) to the learning rate with the most correct held-out samples; of equals the lower loss."""
+    best: dict[tuple[str, str], tuple[int, float, float]] = {}
+    for row in rows:
+        if row["measured_on"] == HELD_OUT:
+            which, found = (row["data"], row["variant"]), (int(row["correct"]), -float(row["loss"]), float(row["lr"]))
+            best[which] = max(best.get(which, found), found)
+    return {which: lr for which, (*_, lr) in best.items()}
 
 
 def table(args: argparse.Namespace) -> None:
@@ -241,16 +324,15 @@ def table(args: argparse.Namespace) -> None:
     if not rows:
         raise UserError(f"--rows {args.rows} holds no rows yet; make them by: python tools/study.py run --data-dir DIR")
     lines = summary(rows, read_rows(_costs_file(args.rows), COST_COLUMNS))
-    print(to_markdown(lines))
-    draw(lines, args.figure)
-    print(f"\nfigure: {args.figure}")
+    print(f"{to_markdown(lines)}\n\n{findings(rows)}")
+    figure = args.figure or args.rows.with_suffix(".png")
+    draw(lines, figure)
+    print(f"\nfigure: {figure}")
 
 
 def summary(rows: Sequence[dict[str, str]], costs: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     """One line for each data set and variant: mean, deviation, and the difference from no attention over the seeds."""
-    from scipy.stats import t as student  # a dependency of SpikingJelly
-
-    accuracy = {(row["data"], row["variant"], row["seed"]): float(row["acc1"]) for row in rows}
+    rows = [row for row in rows if row["measured_on"] == TEST]
     ratio = {(row["data"], row["variant"]): float(row["ratio"]) for row in costs}
     lines = []
     for name, variant in itertools.product(SETTINGS, VARIANTS):
@@ -258,42 +340,92 @@ def summary(rows: Sequence[dict[str, str]], costs: Sequence[dict[str, str]]) -> 
         if not own:
             continue
         values = [float(row["acc1"]) for row in own]
-        pairs = [
-            accuracy[name, variant, row["seed"]] - accuracy[name, BASELINE, row["seed"]]
-            for row in own
-            if variant != BASELINE and (name, BASELINE, row["seed"]) in accuracy
-        ]
-        half = None
-        if len(pairs) > 1:
-            half = student.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
+        difference, half = (None, None) if variant == BASELINE else _paired(rows, name, variant, BASELINE)
         lines.append(
             {
                 "data": name, "variant": variant, "n": len(values), "mean": statistics.fmean(values),
                 "std": statistics.stdev(values) if len(values) > 1 else None,
-                "difference": statistics.fmean(pairs) if pairs else None, "half": half,
+                "difference": difference, "half": half,
                 "cost": ratio.get((name, variant)), "parameters": int(own[0]["parameters"]),
-                "count": int(own[0]["count"]),
+                "count": int(own[0]["count"]), "lr": float(own[0]["lr"]),
             }
         )  # fmt: skip
     return lines
 
 
+def _paired(rows: Sequence[dict[str, str]], name: str, variant: str, base: str) -> tuple[float | None, float | None]:
+    """Mean difference of two variants over the seeds that both have, and half of its 95 % interval of Student's t."""
+    from scipy.stats import t as student  # a dependency of SpikingJelly
+
+    accuracy = {(row["variant"], row["seed"]): float(row["acc1"]) for row in rows if row["data"] == name}
+    seeds = [seed for which, seed in accuracy if which == variant and (base, seed) in accuracy]
+    pairs = [accuracy[variant, seed] - accuracy[base, seed] for seed in seeds]
+    if len(pairs) < 2:
+        return (pairs[0] if pairs else None), None
+    half = student.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
+    return statistics.fmean(pairs), half
+
+
+def findings(rows: Sequence[dict[str, str]]) -> str:
+    """What AZO adds to SMA, and what SMA's weights do: the second table of the README, and the sentences before it."""
+    rows = [row for row in rows if row["measured_on"] == TEST]
+    text = []
+    for name in SETTINGS:
+        difference, half = _paired(rows, name, "SMA + AZO", "SMA")
+        if difference is not None:
+            text.append(f"{name}: SMA + AZO minus SMA {_with_interval(difference, half)} points")
+    text += [
+        "",
+        "| data | variant | mean weight of 1x1, 3x3, 5x5, 7x7 | largest in, % of the channels | time weights from 1/S: "
+        "untrained, trained | their deviation over samples |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, variant in itertools.product(SETTINGS, VARIANTS):
+        own = [row for row in rows if (row["data"], row["variant"]) == (name, variant) and row["scale_weights"]]
+        if own:
+            columns = ("scale_weights", "scale_largest", "time_weight_untrained", "time_weight_trained",
+                       "time_weight_over_samples")  # fmt: skip
+            weights, largest, untrained, trained, over_samples = (_mean_of(own, column) for column in columns)
+            cells = (
+                name, variant, ", ".join(f"{value:.2f}" for value in weights),
+                ", ".join(f"{100 * value:.0f}" for value in largest), f"{untrained[0]:.3f}, {trained[0]:.3f}",
+                f"{over_samples[0]:.4f}",
+            )  # fmt: skip
+            text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
+def _mean_of(rows: Sequence[dict[str, str]], column: str) -> list[float]:
+    """The mean over the rows of a column that holds one number, or one a scale."""
+    return [statistics.fmean(values) for values in zip(*(map(float, row[column].split()) for row in rows), strict=True)]
+
+
 def to_markdown(lines: Sequence[dict[str, Any]]) -> str:
     """The table of the README."""
     text = [
-        "| data | variant | accuracy, % | seeds | difference, points (95 % interval) | step, times | parameters |",
-        "|---|---|---|---|---|---|---|",
+        "| data | variant | lr | accuracy, % | seeds | difference, points (95 % interval) | step, times | parameters |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
         std = "" if line["std"] is None else f" ± {line['std']:.2f}"
-        difference = "" if line["difference"] is None else f"{line['difference']:+.2f}"
-        if line["half"] is not None:
-            low, high = line["difference"] - line["half"], line["difference"] + line["half"]
-            difference += f" ({low:+.2f} to {high:+.2f})"
+        difference = "" if line["difference"] is None else _with_interval(line["difference"], line["half"])
         cost = "" if line["cost"] is None else f"{line['cost']:.2f}"
-        cells = (line["data"], line["variant"], f"{line['mean']:.2f}{std}", line["n"], difference, cost)
+        cells = (
+            line["data"],
+            line["variant"],
+            f"{line['lr']:g}",
+            f"{line['mean']:.2f}{std}",
+            line["n"],
+            difference,
+            cost,
+        )
         text.append("| " + " | ".join(map(str, (*cells, f"{line['parameters'] / 1e6:.3f} M"))) + " |")
     return "\n".join(text)
+
+
+def _with_interval(difference: float, half: float | None) -> str:
+    interval = "" if half is None else f" ({difference - half:+.2f} to {difference + half:+.2f})"
+    return f"{difference:+.2f}{interval}"
 
 
 def draw(lines: Sequence[dict[str, Any]], output: Path) -> None:
@@ -346,6 +478,8 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """
     if not path.exists():
         return []
+    if not path.is_file():
+        raise UserError(f"--rows {path} is no file; give a .csv file of the study, or a name that is free")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != list(columns):
@@ -392,7 +526,7 @@ def make_parser() -> argparse.ArgumentParser:
     shown = commands.add_parser("table", help=table.__doc__)
     for command in (study, shown):
         command.add_argument("--rows", type=Path, default=ROOT / "docs" / "study.csv", help="default: docs/study.csv")
-        command.add_argument("--figure", type=Path, default=ROOT / "docs" / "study.png", help="default: docs/study.png")
+        command.add_argument("--figure", type=Path, metavar="FILE", help="default: beside the rows, as .png")
     study.set_defaults(function=run)
     shown.set_defaults(function=table)
     return parser
