@@ -219,6 +219,15 @@ def test_an_output_that_cannot_be_written_is_a_sentence(command, suffix, checkpo
     assert code == 2 and f"file/a{suffix} cannot be written" in error and len(error.splitlines()) == 1
 
 
+def test_a_full_disk_ends_the_export_of_a_program_in_a_sentence(checkpoint, tmp_path, launch):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"  # stands in for the disk
+    arguments = ["export.py", "program", str(checkpoint), "--output", str(tmp_path / "a.pt2")]
+    tool = "import sys; sys.argv = {}; import runpy; runpy.run_path('tools/export.py', run_name='__main__')"
+    result = launch(["-c", f"{limit}; {tool.format(arguments)}"])
+    assert result.returncode == 2 and "a.pt2 cannot be written: File too large; make room" in result.stderr
+    assert not (tmp_path / "a.pt2").exists()
+
+
 def test_an_evaluation_is_that_of_the_weights_however_their_path_is_written(checkpoint, tmp_path, tool, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evaluation = checkpoint.with_name("evaluation.json")

@@ -13,6 +13,7 @@ whenever the file is read and the checksum is there. All scripts take the file a
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -91,9 +92,10 @@ def export_program(args: argparse.Namespace) -> None:
         )
     shape = ["B" if axis == batch_axis else length for axis, length in enumerate(example.shape)]
     facts = {**{name: beside[name] for name in _OF_A_RUN if name in beside}, "input": shape}
+    content = io.BytesIO()  # torch aborts the process where it cannot write to a file
+    torch.export.save(program, content, extra_files={"sma.json": json.dumps(facts)})
     with writing(f"--output {args.output}"):
-        with partial_of(args.output).open("wb") as file:
-            torch.export.save(program, file, extra_files={"sma.json": json.dumps(facts)})
+        partial_of(args.output).write_bytes(content.getbuffer())
         difference = _difference(net, partial_of(args.output), height_width)
         os.replace(partial_of(args.output), args.output)
     print(f"{args.output}: input {shape}; largest difference of its logits from the network's: {difference:g}")
