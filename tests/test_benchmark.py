@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from models import SMA
+from models.neurons import multi_dimensional_attention, temporal_wise_attention
 from tools.benchmark_model import FORMS, LOWER_BOUND, Setting, alternate, make_form, steps_of
 
 SMALL = Setting("cpu", 2, (32, 32), 1, "off", False)
@@ -33,6 +34,18 @@ def test_spikingjelly_s_attention_takes_the_places_of_sma():
         p.numel() for p in make_form("dvs128", "no attention", 4).parameters()
     )
     assert make_form("block", "no attention", 4) is None and make_form("resnet18", "temporal-wise attention", 2) is None
+
+
+def test_spikingjelly_s_attention_is_that_of_the_study():
+    for form, made in (
+        ("temporal-wise attention", temporal_wise_attention(4, 4)),
+        ("multi-dimensional attention", multi_dimensional_attention(4, 128, 4)),
+    ):
+        attention = make_form("dvs128", form, 4).block2[1]
+        assert type(attention).__name__ == type(made).__name__
+        assert {k: v.shape for k, v in attention.state_dict().items()} == {
+            k: v.shape for k, v in made.state_dict().items()
+        }
 
 
 def test_tasks_alternate_after_one_run_that_does_not_count():

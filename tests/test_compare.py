@@ -83,6 +83,21 @@ def test_unlike_runs_are_compared_only_with_a_warning_in_the_table(tmp_path, mon
     assert (tmp_path / "new/compare.md").exists()
 
 
+def test_runs_of_other_numbers_of_processes_are_no_seeds_of_one_group(tmp_path):
+    runs = [write_run(tmp_path / f"{n}", n, [90], batch_size=9) for n in range(3)]
+    for path, batch in zip(runs, (36, 36, 9), strict=True):
+        described = json.loads((path / "args.json").read_text())
+        (path / "args.json").write_text(json.dumps({**described, "batch": f"9 per process, {batch} global"}))
+    groups = compare.group_runs([compare.read_run(path) for path in runs])
+    assert [(group.name, len(group.runs)) for group in groups] == [("global batch 36", 2), ("global batch 9", 1)]
+
+
+def test_a_table_that_cannot_be_written_is_a_sentence(five, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out/compare.md").mkdir(parents=True)
+    code, _, err = run_tool(monkeypatch, capsys, compare.main, *five, "--output-dir", tmp_path / "out")
+    assert code == 2 and f"--output-dir {tmp_path}/out cannot be written: Is a directory" in err
+
+
 def test_a_folder_that_is_no_run_is_a_sentence(tmp_path, monkeypatch, capsys):
     code, _, err = run_tool(monkeypatch, capsys, compare.main, tmp_path / "nothing")
     assert code == 2 and "give the --output-dir of a run" in err

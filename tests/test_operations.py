@@ -1,17 +1,21 @@
 """Firing rates and operations: closed forms on small networks, and SpikingJelly 2.x's own counter."""
 
 import json
+import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from models import SMA, VGG8, sma_ms_resnet18
 from models.neurons import lif, reset_net
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SMALL
 from tools import report
+from utils.describe import describe_training
 from utils.errors import exit_with_sentence
+from utils.frames import DATA_SETS
 from utils.operations import LayerCount, OperationCounter, fan_out
 
 
@@ -227,6 +231,95 @@ def test_mistakes_end_in_a_sentence(arguments, words, monkeypatch, capsys, weigh
     code, _, err = run_tool(monkeypatch, capsys, report.main, *arguments)
     assert code == 2 and words in err and "Traceback" not in err
     assert not (weights.parent / "report.json").exists()
+
+
+def report_of(weights, monkeypatch, capsys, *arguments):
+    common = ["--weights", weights, "--device", "cpu", "--latency-runs", 1]
+    code, out, err = run_tool(monkeypatch, capsys, report.main, *common, *arguments)
+    assert code == 0, err
+    return json.loads((weights.parent / "report.json").read_text()), out
+
+
+@pytest.mark.parametrize("data_set", ["cifar10dvs", "ncaltech101"])
+def test_released_weights_are_reported_on_the_split_of_the_script(data_set, tmp_path, script, monkeypatch, capsys):
+    sensor, frames = DATA_SETS[data_set].sensor, tmp_path / "data/frames_number_4_split_by_number"
+    for label in ("ant", "bee"):
+        (frames / label).mkdir(parents=True)
+        for number in range(10):
+            counts = np.full((4, 2, *sensor), 1 + number + 10 * (label == "bee"), np.float32)
+            np.savez(frames / label / f"image_{number}.npz", frames=counts)
+    torch.manual_seed(0)
+    (tmp_path / "run").mkdir()
+    torch.save(VGG8(T=4, num_classes=2, width=0.125, sma_blocks=[2]).state_dict(), tmp_path / "run/weights.pt")
+    common = ["--data-dir", tmp_path / "data", "--frame-size", 32]
+    arguments = ["--evaluate", "--weights", tmp_path / "run/weights.pt", "--output-dir", tmp_path / "evaluated"]
+    code, _, err = script(data_set, *arguments, *common, "--device", "cpu", "--num-workers", 0, "-b", 4)
+    assert code == 0, err
+    evaluated = json.loads((tmp_path / "evaluated/evaluation.json").read_text())
+    weights = tmp_path / "run/weights.pt"
+    found, out = report_of(weights, monkeypatch, capsys, "--data-set", data_set, *common)
+    assert found["facts"]["split"] == evaluated["split"]
+    assert f"seed {DATA_SETS[data_set].split_seed}, fingerprint" in found["facts"]["split"]
+    assert "; epoch not told by the weights file, perhaps selected on the test set; seed not told" in out
+
+
+def test_a_run_without_bad_samples_is_reported_without_them(tmp_path, gesture_data, script, monkeypatch, capsys):
+    shutil.copytree(gesture_data / "events_np", tmp_path / "data/events_np")
+    common = [*SMALL, "--data-dir", tmp_path / "data", "--output-dir", tmp_path / "run", "--epochs", 1]
+    assert script("dvs128", *common[:-1], 1, "--output-dir", tmp_path / "first")[0] == 0
+    (tmp_path / "data/frames_number_4_split_by_number/test/3/user24_0.npz").write_bytes(b"cut off")
+    code, _, err = script("dvs128", *common, "--on-bad-sample", "skip")
+    assert code == 0, err
+    found, _ = report_of(tmp_path / "run/last.pt", monkeypatch, capsys)
+    trained = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert (found["evaluation"]["correct"], found["evaluation"]["count"]) == (trained["correct"], 10)
+    assert found["facts"]["split"] == trained["split"] and found["facts"]["left out"] == "1 bad files"
+    arguments = ["--weights", tmp_path / "run/last.pt", "--device", "cpu", "--on-bad-sample", "stop"]
+    code, _, err = run_tool(monkeypatch, capsys, report.main, *arguments)
+    assert code == 2 and "1 bad files" in err
+
+
+@pytest.mark.parametrize(
+    ("beside", "epoch"),
+    [
+        ({"epoch": 5, "best": {"epoch": 3}}, "5 of 5, the final one"),
+        ({"epoch": 5, "best": {"epoch": 5}}, "5 of 5, the final one, also the best on the test set"),
+        ({"epoch": 3, "best": {"epoch": 3}}, "3 of 5, the best so far (selected on the test set)"),
+        ({"epoch": 3, "best": {"epoch": 2}}, "3 of 5, neither the final nor the best one"),
+        ({"epoch": 3, "accuracy": {"of": "the best test epoch, 3 (selected on the test set)"}},
+         "3 of 5, the best so far (selected on the test set)"),
+        ({"epoch": 3, "accuracy": {"of": "an evaluation of these weights"}},
+         "3 of 5, perhaps selected on the test set"),
+        ({"epoch": 3, "best": {"epoch": 3}, "processes": [{"progress": {"step": 4}}]},
+         "3 of 5, and 4 step(s) of the next"),
+    ],
+)  # fmt: skip
+def test_the_epoch_and_seed_of_an_accuracy_are_told(beside, epoch):
+    recipe = {"epochs": 5, "seed": 17}
+    assert describe_training({"recipe": recipe, **beside}) == {"epoch": epoch, "seed": "17"}
+
+
+def test_an_accuracy_of_best_pt_says_that_the_test_set_selected_it(
+    gesture_data, weights, tmp_path, monkeypatch, capsys
+):
+    recipe = {"timesteps": 4, "frame_size": [32, 32], "epochs": 9, "seed": 17}
+    best = {"epoch": 4, "best": {"epoch": 4, "acc1": 50.0}, "recipe": recipe}
+    torch.save({"model": torch.load(weights), **best}, weights.with_name("best.pt"))
+    found, out = report_of(weights.with_name("best.pt"), monkeypatch, capsys, "--data-dir", gesture_data)
+    (line,) = (line for line in out.splitlines() if line.startswith("- accuracy"))
+    assert line.endswith("/11); epoch 4 of 9, the best so far (selected on the test set); seed 17")
+    assert (found["facts"]["epoch"], found["facts"]["seed"]) == (
+        "4 of 9, the best so far (selected on the test set)",
+        "17",
+    )
+
+
+def test_a_report_that_cannot_be_written_is_a_sentence(gesture_data, weights, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out/report.md").mkdir(parents=True)
+    arguments = ["--weights", weights, "--data-dir", gesture_data, "--frame-size", 32, "--device", "cpu"]
+    more = ["--latency-runs", 1, "--output-dir", tmp_path / "out"]
+    code, _, err = run_tool(monkeypatch, capsys, report.main, *arguments, *more)
+    assert code == 2 and f"--output-dir {tmp_path}/out cannot be written: Is a directory; make room or choose" in err
 
 
 def test_lif_neurons_are_found_by_their_threshold():

@@ -82,6 +82,7 @@ def test_a_whole_data_set_in_one_line_and_again_only_what_is_missing(small_data,
     out = tmp_path / "png"
     assert save_every_frame_of_an_entire_DVS_dataset("DVS128Gesture", str(small_data), 2, str(out)) == 12
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*.*"))
+    assert files.pop(0) == "pictures.json"
     assert files == sorted(
         f"{part}/{label}/{name}_{t}.png"
         for label in (0, 1)
@@ -104,12 +105,34 @@ def test_a_whole_data_set_in_one_line_and_again_only_what_is_missing(small_data,
     assert not list(out.rglob(".*"))
 
 
+def test_a_folder_holds_pictures_of_one_t_scale_and_brightness(small_data, tmp_path):
+    out = tmp_path / "png"
+    save_every_frame_of_an_entire_DVS_dataset("dvs128", small_data, 2, out)
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    for T, look, words in (
+        (1, {}, "T 2, scale 1, full 1.0 there, T 1, scale 1, full 1.0 here"),
+        (2, {"scale": 2}, "scale 2, full 1.0 here"),
+        (2, {"full": 3.0}, "full 3.0 here"),
+    ):
+        with pytest.raises(UserError, match=f"png holds pictures of another kind: .*{words}; choose another folder"):
+            save_every_frame_of_an_entire_DVS_dataset("dvs128", small_data, T, out, **look)
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
+    assert save_every_frame_of_an_entire_DVS_dataset("dvs128", small_data, 2, out) == 0
+    assert save_every_frame_of_an_entire_DVS_dataset("dvs128", small_data, 1, tmp_path / "other") == 6
+
+
 def test_mistakes_in_a_whole_data_set_are_sentences(small_data, tmp_path):
     call = save_every_frame_of_an_entire_DVS_dataset
     with pytest.raises(UserError, match="use DVS128Gesture, CIFAR10DVS or NCaltech101"):
         call("MNIST", small_data, 2, tmp_path / "png")
     with pytest.raises(UserError, match="number_of_threads=0"):
         call("DVS128Gesture", small_data, 2, tmp_path / "png", 0)
+    with pytest.raises(UserError, match="scale=0"):
+        call("DVS128Gesture", small_data, 2, tmp_path / "png", scale=0)
+    assert not (tmp_path / "png").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file cannot be written: File exists; make room"):
+        save_as_pic(torch.zeros(1, 2, 4, 4), tmp_path / "file")
     call("DVS128Gesture", small_data, 2, tmp_path / "png")
     (tmp_path / "png/train/0/s1_0.png").unlink()
     (small_data / "frames_number_2_split_by_number/train/0/s1.npz").write_bytes(b"cut")
@@ -147,6 +170,24 @@ def test_a_spike_map_has_the_colour_of_its_rate_at_its_place():
     assert len(figure.axes) == 7 and "share" in figure.axes[6].get_ylabel()  # one colour scale
 
 
+def test_the_steps_of_a_spike_map_can_be_chosen():
+    frames = np.zeros((16, 4, 4))
+    rates = {"layer": np.zeros((16, 1, 1))}
+    rates["layer"][9] = 0.5
+    rates["layer"][10] = 1.0  # not shown: not the end of the colour scale
+    figure = figures.draw_spikes(frames, rates, "title", shade=False, steps=[12, 10])
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["step 10", "step 12"]
+    assert close(colour_at(figure, figure.axes[2], 2, 2), of_map(1.0))
+    assert close(colour_at(figure, figure.axes[3], 2, 2), of_map(0.0))
+    default = figures.draw_spikes(frames, rates, "title")
+    titles = [ax.get_title() for ax in default.axes[:8]]
+    assert titles == [f"step {t}" for t in (1, 3, 5, 7, 10, 12, 14, 16)]
+    every = figures.draw_spikes(frames, rates, "title", steps=range(1, 17))
+    assert [ax.get_title() for ax in every.axes[:16]] == [str(t) for t in range(1, 17)]
+    with pytest.raises(UserError, match="--steps 17 is none of the 16 time steps"):
+        figures.draw_spikes(frames, rates, "title", steps=[1, 17])
+
+
 def test_the_input_shows_through_a_spike_map():
     frames = np.zeros((1, 2, 2))
     frames[0, 0, 0] = 1
@@ -164,6 +205,18 @@ def test_the_azo_figure_puts_steps_and_channels_where_they_were_replaced():
     assert close(colour_at(figure, steps, 3, 4), of_map(0.5))  # 1 of 8 channels
     assert close(colour_at(figure, steps, 3, 3), of_map(0.0)) and close(colour_at(figure, steps, 2, 4), of_map(0.0))
     assert close(colour_at(figure, figure.axes[2], 3, 5), of_map(0.0))
+
+
+def test_an_epoch_without_a_record_of_azo_is_a_gap_and_the_others_keep_their_columns():
+    shares = np.zeros((3, 1, 4, 8))  # epochs 1, 2 and 4
+    shares[2] = 1.0
+    figure = figures.draw_azo([1, 2, 4], shares, [1], "title")
+    steps, channels = figure.axes[:2]
+    for ax in (steps, channels):
+        assert close(colour_at(figure, ax, 4, 2), of_map(1.0)) and close(colour_at(figure, ax, 2, 2), of_map(0.0))
+        assert close(colour_at(figure, ax, 3, 2), np.array([255, 255, 255]))
+    assert "white: no record" in figure.get_suptitle()
+    assert "white" not in figures.draw_azo([1, 2, 3], shares, [1], "title").get_suptitle()
 
 
 def test_the_attention_figure_draws_every_scale():
@@ -187,6 +240,18 @@ def test_curves_show_the_numbers_and_refuse_more_runs_than_colours():
         figures.draw_curves({str(n): run for n in range(8)})
 
 
+@pytest.mark.parametrize("letters", [5, 25, 60, 95, 300])
+def test_names_of_runs_stay_on_the_page(letters):
+    run = {"epoch": [1, 2], "train_acc1": [10, 20], "test_acc1": [11, 21], "train_loss": [3, 2], "test_loss": [4, 3]}
+    figure = figures.draw_curves({f"run_{n}_".ljust(letters, "w"): run for n in range(3)})
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box, page = legend.get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0
+    assert legend.get_texts()[0].get_text().replace("\n", "") == "run_0_".ljust(letters, "w")
+    assert all(ax.get_window_extent().height > 200 for ax in figure.axes)  # the curves keep their place
+
+
 def test_no_text_is_smaller_than_7_points_at_the_width_of_a_page():
     channel = np.full((4, 16, 8), 0.25)
     run = {"epoch": [1], "train_acc1": [1], "test_acc1": [1], "train_loss": [1], "test_loss": [1]}
@@ -195,6 +260,7 @@ def test_no_text_is_smaller_than_7_points_at_the_width_of_a_page():
         figures.draw_spikes(np.zeros((16, 8, 8)), {str(n): np.zeros((16, 2, 2)) for n in range(6)}, "title"),
         figures.draw_attention(channel[..., 0], channel[..., 0], channel, [1, 3, 5, 7], "title"),
         figures.draw_azo([1, 2], np.zeros((2, 4, 16, 8)), [1, 3, 5, 7], "title"),
+        figures.draw_spikes(np.zeros((16, 8, 8)), {"a": np.zeros((16, 2, 2))}, "title", steps=range(1, 17)),
         figures.draw_curves({"run": run}),
     ]
     for figure in drawn:

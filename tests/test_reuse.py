@@ -202,6 +202,42 @@ def test_a_file_without_checksum_is_read_and_damage_still_found(tmp_path):
         read_weights(tmp_path / "absent.safetensors")
 
 
+def test_exported_files_have_the_usual_mode(checkpoint, tmp_path, tool):
+    (tmp_path / "usual").touch()
+    assert tool("weights", checkpoint, "--output", tmp_path / "a.safetensors")[0] == 0
+    for name in ("a.safetensors", "a.safetensors.sha256"):
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+@pytest.mark.parametrize(("command", "suffix"), [("weights", ".safetensors"), ("back", ".pt"), ("program", ".pt2")])
+def test_an_output_that_cannot_be_written_is_a_sentence(command, suffix, checkpoint, tmp_path, tool):
+    (tmp_path / f".a{suffix}.partial").mkdir()  # stands in for a folder without the right to write, which root has
+    code, _, error = tool(command, checkpoint, "--output", tmp_path / f"a{suffix}")
+    assert code == 2 and f"{tmp_path}/a{suffix} cannot be written" in error and len(error.splitlines()) == 1
+    (tmp_path / "file").touch()
+    code, _, error = tool(command, checkpoint, "--output", tmp_path / "file" / f"a{suffix}")
+    assert code == 2 and f"file/a{suffix} cannot be written" in error and len(error.splitlines()) == 1
+
+
+def test_a_full_disk_ends_the_export_of_a_program_in_a_sentence(checkpoint, tmp_path, launch):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"  # stands in for the disk
+    arguments = ["export.py", "program", str(checkpoint), "--output", str(tmp_path / "a.pt2")]
+    tool = "import sys; sys.argv = {}; import runpy; runpy.run_path('tools/export.py', run_name='__main__')"
+    result = launch(["-c", f"{limit}; {tool.format(arguments)}"])
+    assert result.returncode == 2 and "a.pt2 cannot be written: File too large; make room" in result.stderr
+    assert not (tmp_path / "a.pt2").exists()
+
+
+def test_an_evaluation_is_that_of_the_weights_however_their_path_is_written(checkpoint, tmp_path, tool, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluation = checkpoint.with_name("evaluation.json")
+    told = {**json.loads(evaluation.read_text()), "acc1": 25.0, "weights": "run/../run/last.pt"}
+    evaluation.write_text(json.dumps(told))
+    assert tool("weights", checkpoint, "--output", "a.safetensors")[0] == 0
+    accuracy = read_exported(tmp_path / "a.safetensors")["accuracy"]
+    assert (accuracy["acc1"], accuracy["of"]) == (25.0, "an evaluation of these weights")
+
+
 def test_an_existing_file_is_not_written_over(checkpoint, tmp_path, tool):
     for command, name in (("weights", "a.safetensors"), ("back", "a.pt"), ("program", "a.pt2")):
         (tmp_path / name).write_text("mine")

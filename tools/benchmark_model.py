@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,7 +31,7 @@ from models import (
     sma_vgg8_dvs128,
     sma_vgg8_ncaltech101,
 )
-from models.neurons import lif, reset_net, select_backend
+from models.neurons import lif, multi_dimensional_attention, reset_net, select_backend, temporal_wise_attention
 from tools.direct_sma import as_direct
 from utils.engine import AMP_DTYPES
 from utils.errors import UserError, user_input
@@ -80,16 +79,6 @@ FORMS = (
 )
 
 
-class _TemporalWise(layer.TemporalWiseAttention, nn.Module):
-    """In SpikingJelly 0.0.0.0.14 this and the next are no modules: a network would not see their parameters."""
-
-
-class _MultiDimensional(layer.MultiDimensionalAttention, nn.Module):
-    def __init__(self, *arguments, **keywords):
-        super().__init__(*arguments, **keywords)
-        self.relu = nn.ReLU()  # its forward uses one that 0.0.0.0.14 never makes
-
-
 def make_form(name: str, form: str, T: int) -> nn.Module | None:
     """A subject in one form, with the same first weights in all; None where there is no such form.
 
@@ -110,9 +99,9 @@ def make_form(name: str, form: str, T: int) -> nn.Module | None:
     net = subject.factory(T=T, sma_blocks=())
     for block, channels in ((net.block2, 128), (net.block3, 256)):
         if form == "temporal-wise attention":
-            block.insert(1, _TemporalWise(T, reduction=min(4, T)))
+            block.insert(1, temporal_wise_attention(T, min(4, T)))
         elif form == "multi-dimensional attention":
-            block.insert(1, _MultiDimensional(T, channels, reduction_t=min(4, T), reduction_c=4))
+            block.insert(1, multi_dimensional_attention(T, channels, min(4, T)))
     return net
 
 

@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -34,8 +35,10 @@ if not __package__:  # run as a file: the modules of the repository are one fold
 
 from utils.args import words
 from utils.errors import SentenceParser, UserError, exit_with_sentence
+from utils.files import write_text, writing
 from utils.logger import check_output
 from utils.runs import read_json, read_metrics
+from utils.tables import markdown_table
 
 __all__ = ["Group", "Run", "differences", "group_runs", "make_parser", "read_run", "sampling_error", "to_markdown"]
 
@@ -86,7 +89,7 @@ def read_run(path: Path) -> Run:
         UserError: something of it is missing, or it is not finished.
     """
     described, metrics = read_json(path, "args.json"), read_metrics(path)
-    settings = described.get("args", {})
+    settings = {**described.get("args", {}), **_global_batch(described)}
     done, epochs = len(metrics["epoch"]), settings.get("epochs")
     if done != epochs:
         raise UserError(f"run {path} is not finished: {done} of {epochs} epochs; the same command continues it")
@@ -107,6 +110,12 @@ def read_run(path: Path) -> Run:
         )
     except KeyError as error:
         raise UserError(f"run {path} lacks {error} in args.json or evaluation.json; give a finished run") from error
+
+
+def _global_batch(described: dict[str, Any]) -> dict[str, int]:
+    """Samples a step of all processes together: ``batch_size`` is that of one process on event data."""
+    found = re.search(r"(\d+) global", described.get("batch", ""))
+    return {"global batch": int(found[1])} if found else {}
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -179,7 +188,12 @@ def to_markdown(groups: Sequence[Group], unlike: Sequence[str]) -> str:
         seeds, epochs = (", ".join(str(getattr(run, what)) for run in group.runs) for what in ("seed", "best_epoch"))
         spread = [_mean_and_std(group, which) for which in ("final", "best")]
         table.append([group.name, str(len(group.runs)), seeds, str(group.runs[0].count), *spread, epochs])
-    lines = [f"data: {groups[0].runs[0].data}; split: {groups[0].runs[0].split or 'its own'}", "", _table(table), ""]
+    lines = [
+        f"data: {groups[0].runs[0].data}; split: {groups[0].runs[0].split or 'its own'}",
+        "",
+        markdown_table(table),
+        "",
+    ]
     if unlike:
         lines[0] = f"**Not the same {', '.join(unlike)}: the differences below compare unlike things.**"
     lines.append("Mean ± standard deviation (n - 1) over seeds. The best epoch is selected on the test set.")
@@ -194,7 +208,7 @@ def to_markdown(groups: Sequence[Group], unlike: Sequence[str]) -> str:
             verdicts = [_yes(row["above_sampling_error"]), seeds, _yes(row["above_seed_error"])]
             numbers = [f"{row['difference']:+.2f}", f"{row['sampling_error']:.2f}"]
             table.append([row["from"], row["to"], row["epoch"], *numbers, *verdicts])
-        lines += ["", _table(table), ""]
+        lines += ["", markdown_table(table), ""]
         lines += [
             f"Larger: |difference| > {Z} x error. Sampling error: sqrt(p (1 - p) / N + q (1 - q) / N), N test samples. "
             "Seed error: sqrt(s^2 / n + t^2 / m) over n and m seeds."
@@ -227,11 +241,6 @@ def _yes(value: bool | None) -> str:
     return {None: "one seed", True: "yes", False: "no"}[value]
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] * len(lines[0])
-    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The parser of this tool's command line."""
     parser = SentenceParser(description=__doc__)
@@ -255,10 +264,10 @@ def main() -> None:
     check_output(output)
     text = to_markdown(groups, unlike)
     print(text)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "compare.md").write_text(text, encoding="utf-8")
-    if args.csv:
-        (output / "compare.csv").write_text(to_csv(groups), encoding="utf-8")
+    with writing(f"--output-dir {output}"):
+        write_text(output / "compare.md", text)
+        if args.csv:
+            write_text(output / "compare.csv", to_csv(groups))
     print(f"written to {output / 'compare.md'}" + (" and compare.csv" if args.csv else ""))
 
 

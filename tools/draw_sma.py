@@ -5,7 +5,6 @@ Panel (b) is not a sketch: it shows values before and after a call of ``models.s
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -26,7 +25,7 @@ if not __package__:  # run as a file: the modules of the repository are one fold
     sys.path.insert(0, str(ROOT))
 
 from models.sma import _smallest, _zoneout_choice, attention_zoneout  # noqa: E402
-from utils.errors import UserError, exit_with_sentence  # noqa: E402
+from utils.errors import SentenceParser, UserError, exit_with_sentence  # noqa: E402
 
 # Okabe & Ito, "Color Universal Design" (2008).
 SCALE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
@@ -277,7 +276,7 @@ def draw(output: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = SentenceParser(
         description="Draw the README figure of SMA and Attention ZoneOut.",
         epilog="example: python tools/draw_sma.py --output docs/sma_azo.png",
     )

@@ -13,6 +13,7 @@ whenever the file is read and the checksum is there. All scripts take the file a
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -34,7 +35,7 @@ from utils.checkpoint import put_weights, read_weights
 from utils.describe import versions
 from utils.errors import SentenceParser, UserError, exit_with_sentence, user_input
 from utils.exported import checksum_file, sha256_of, write_exported
-from utils.files import partial_of, write_checked
+from utils.files import partial_of, write_checked, writing
 from utils.networks import build_network, describe_network
 
 __all__ = ["make_parser"]
@@ -91,10 +92,12 @@ def export_program(args: argparse.Namespace) -> None:
         )
     shape = ["B" if axis == batch_axis else length for axis, length in enumerate(example.shape)]
     facts = {**{name: beside[name] for name in _OF_A_RUN if name in beside}, "input": shape}
-    with partial_of(args.output).open("wb") as file:
-        torch.export.save(program, file, extra_files={"sma.json": json.dumps(facts)})
-    difference = _difference(net, partial_of(args.output), height_width)
-    os.replace(partial_of(args.output), args.output)
+    content = io.BytesIO()  # torch aborts the process where it cannot write to a file
+    torch.export.save(program, content, extra_files={"sma.json": json.dumps(facts)})
+    with writing(f"--output {args.output}"):
+        partial_of(args.output).write_bytes(content.getbuffer())
+        difference = _difference(net, partial_of(args.output), height_width)
+        os.replace(partial_of(args.output), args.output)
     print(f"{args.output}: input {shape}; largest difference of its logits from the network's: {difference:g}")
 
 
@@ -105,7 +108,7 @@ def _known_of_run(path: Path, beside: Mapping[str, Any], evaluation: Path | None
     epoch, epochs = beside.get("epoch"), beside.get("recipe", {}).get("epochs")
     best = beside.get("best", {})
     of = ""
-    if evaluation is not None or measured.get("weights") == str(path):
+    if evaluation is not None or _same_file(measured.get("weights"), path):
         of = "an evaluation of these weights"
     elif measured.get("epoch") == "final" and epoch is not None and epoch == epochs:
         of = "the final epoch"
@@ -121,6 +124,11 @@ def _known_of_run(path: Path, beside: Mapping[str, Any], evaluation: Path | None
         "accuracy": {**accuracy, "of": of},
         **{name: measured[name] for name in ("data", "split") if name in measured},
     }
+
+
+def _same_file(told: str | None, path: Path) -> bool:
+    """Whether a path that a file of the run tells is that of ``path``, however both are written."""
+    return told is not None and Path(told).resolve() == path.resolve()
 
 
 def _read_json(path: Path, needed: bool) -> dict[str, Any]:
@@ -169,10 +177,8 @@ def _difference(net: nn.Module, path: Path, height_width: list[int]) -> float:
 def _check_new(path: Path) -> None:
     if path.exists():
         raise UserError(f"--output {path} exists already; delete it or choose another name")
-    try:
+    with writing(f"--output {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be written: {error.strerror or error}; choose another") from error
 
 
 def make_parser() -> argparse.ArgumentParser:

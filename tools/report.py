@@ -14,7 +14,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import statistics
 import sys
 import time
@@ -32,13 +31,16 @@ from utils.args import not_negative, whole
 from utils.distributed import Process, start
 from utils.engine import evaluate
 from utils.errors import SentenceParser, exit_with_sentence
+from utils.files import write_text, writing
 from utils.inspection import Inspected, add_inspection, load_inspected
 from utils.logger import check_output, progress_bar
 from utils.operations import LayerCount, OperationCounter
+from utils.tables import markdown_table
 from utils.versions import machine, versions
 
 __all__ = ["energy", "make_parser", "operations", "summary", "to_csv", "to_markdown"]
 
+_OF_ACCURACY = ("epoch", "seed")  # facts without which an accuracy is not told
 PARTS = ("network", "SMA branches", "SMA gating")
 CONSTANTS = "Horowitz, ISSCC 2014, 45 nm: 32-bit floating point, 3.7 pJ a product and 0.9 pJ an addition"
 
@@ -116,10 +118,12 @@ def measure_latency(inspected: Inspected, process: Process, runs: int) -> dict[s
 def to_markdown(report: dict[str, Any]) -> str:
     """The report as Markdown, with every definition that its numbers need."""
     total, evaluation, latency = report["total"], report["evaluation"], report["latency"]
-    title = ["", "# Report", "", *(f"- {name}: {words}" for name, words in report["facts"].items())]
+    facts = report["facts"]
+    title = ["", "# Report", "", *(f"- {name}: {words}" for name, words in facts.items() if name not in _OF_ACCURACY)]
     title += [
         f"- parameters: {report['parameters'] / 1e6:.6f} M",
-        f"- accuracy: {evaluation['acc1']:.2f} % ({evaluation['correct']}/{evaluation['count']})",
+        f"- accuracy: {evaluation['acc1']:.2f} % ({evaluation['correct']}/{evaluation['count']})"
+        + "".join(f"; {name} {facts[name]}" for name in _OF_ACCURACY),
         f"- latency: {1e3 * latency['median_s']:.1f} ms for one sample (median of {latency['runs']}, "
         f"{1e3 * latency['min_s']:.1f} to {1e3 * latency['max_s']:.1f}) on {report['machine']}",
         f"- mean firing rate: {100 * report['firing_rate']:.2f} % ({report['spikes']:.0f} spikes a sample)",
@@ -145,8 +149,8 @@ def to_markdown(report: dict[str, Any]) -> str:
             work.append([*cells, f"{row['energy_uj']:.3f}"])
     return "\n".join(
         [
-            *title[1:], "", "## Where the energy goes", "", _table(parts), "", _explanation(report), "",
-            "## Operations of a sample", "", _table(work), "", "## Firing rates", "", _table(rates), "",
+            *title[1:], "", "## Where the energy goes", "", markdown_table(parts), "", _explanation(report), "",
+            "## Operations of a sample", "", markdown_table(work), "", "## Firing rates", "", markdown_table(rates), "",
         ]
     )  # fmt: skip
 
@@ -175,11 +179,6 @@ def _explanation(report: dict[str, Any]) -> str:
 
 def _millions(row: dict[str, float]) -> list[str]:
     return [f"{row[name] / 1e6:.3f}" for name in ("mac", "ac")]
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] * len(lines[0])
-    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
 
 
 def to_csv(report: dict[str, Any]) -> str:
@@ -234,12 +233,10 @@ def main() -> None:
             "machine": machine(process.device),
             "versions": versions(),
         }
-        output.mkdir(parents=True, exist_ok=True)
         texts = {"md": to_markdown(report), "csv": to_csv(report), "json": json.dumps(report, indent=2) + "\n"}
-        for suffix, text in texts.items():
-            beside = output / f".report.{suffix}.partial"
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, output / f"report.{suffix}")
+        with writing(f"--output-dir {output}"):
+            for suffix, text in texts.items():
+                write_text(output / f"report.{suffix}", text)
         print(texts["md"].partition("## Operations")[0].rstrip())
         print(f"\neverything is in {output}: report.md, report.csv, report.json")
 

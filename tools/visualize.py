@@ -36,7 +36,7 @@ from utils.frames import DATA_SETS, sample_name
 from utils.images import ImageSet
 from utils.inspection import Inspected, add_inspection, load_inspected
 from utils.logger import check_output, progress_bar
-from utils.pictures import save_as_gif, save_as_pic, save_every_frame_of_an_entire_DVS_dataset
+from utils.pictures import Kind, save_as_gif, save_as_pic, save_every_frame_of_an_entire_DVS_dataset
 from utils.runs import read_metrics
 
 __all__ = ["make_parser", "mean_attention", "spike_maps"]
@@ -66,7 +66,8 @@ def show_frames(args: argparse.Namespace) -> None:
     """The frames of one sample as PNG files, a strip and a GIF; with --all, of a whole data set as PNG files."""
     if (args.data_dir is None) == (not args.demo):
         raise UserError("give either --data-dir DIR or --demo")
-    output = args.output_dir or Path("output") / f"frames_{args.data_set}{'_demo' if args.demo else ''}"
+    demo = "_demo" if args.demo else ""
+    output = args.output_dir or Path("output") / f"frames_{args.data_set}_T{args.timesteps}{demo}"
     check_output(output)
     data_dir = output / "demo_data" if args.demo else args.data_dir
     look = {"scale": args.scale, "full": args.full}
@@ -78,16 +79,20 @@ def show_frames(args: argparse.Namespace) -> None:
         )
         print(f"{made} pictures made, those that were there kept; all are in {output}")
         return
+    kind = Kind(args.timesteps, args.scale, args.full)
+    kind.check(output)
     data = load_event_data(
         args.data_set, data_dir, args.timesteps, sensor_size=args.sensor_size, demo=args.demo, frames="npz"
     )
     index = find_sample(data.test, args.sample)
-    path, label = data.test.files[index]
+    path, _ = data.test.files[index]
     frames = data.test[index][0].numpy()
-    kind = f" ({GESTURES[label]})" if args.demo else ""
+    # This folder's name is the gesture's number (labels are ranks of sorted text: "10" < "2"), elsewhere its name.
+    gesture = f" ({GESTURES[int(path.parent.name)]})" if args.demo and args.data_set == "dvs128" else ""
     folder = output / sample_name(path)
+    kind.write(output)
     save_as_pic(frames, folder, path.stem, **look)
-    save(draw_frames(frames, f"{sample_name(path)}{kind}", args.full), folder / "strip.png")
+    save(draw_frames(frames, f"{sample_name(path)}{gesture}", args.full), folder / "strip.png")
     save_as_gif(frames, folder / "frames.gif", max(args.scale, 256 // frames.shape[3]), args.full)
     print(f"strip.png, frames.gif and {len(frames)} frames are in {folder}")
 
@@ -147,7 +152,7 @@ def show_spikes(args: argparse.Namespace) -> None:
         T = len(next(iter(maps.values())))
         title = f"{_name_of(inspected, index)}: spikes of the layers"
         path = output / "figures" / f"spikes_{index}.png"
-        save(draw_spikes(_in_grey(sample, T), maps, title, args.over_input), path)
+        save(draw_spikes(_in_grey(sample, T), maps, title, args.over_input, args.steps), path)
         print(f"{path} shows {', '.join(maps)}")
 
 
@@ -269,13 +274,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--threads", type=whole(1), default=4, metavar="N", help="with --all (default: 4)")
     add("--scale", type=whole(1), default=1, metavar="N", help="picture pixels per sensor pixel (default: 1)")
     add("--full", type=above_zero, default=1.0, metavar="X", help="count of events at full brightness (default: 1)")
-    add("--output-dir", type=Path, metavar="DIR", help="default: output/frames_<data set>")
+    add("--output-dir", type=Path, metavar="DIR", help="default: output/frames_<data set>_T<T>")
 
     spikes = command("spikes", show_spikes, "spikes --weights output/dvs128/last.pt --sample 3")
     add_inspection(spikes)
     add = spikes.add_argument_group("picture").add_argument
     add("--sample", default="0", metavar="N|NAME", help="test sample, by number or <class>/<sample> (default: 0)")
     add("--layers", nargs="+", metavar="NAME", help="neurons to show (default: six outside SMA, evenly spread)")
+    add("--steps", type=whole(1), nargs="+", metavar="N",
+        help="time steps to show, from 1 (default: all; of more than eight, eight evenly spread)")  # fmt: skip
     add("--over-input", action=argparse.BooleanOptionalAction, default=True, help="lay the maps over the input")
 
     add_inspection(command("attention", show_attention, "attention --weights output/dvs128/last.pt"))

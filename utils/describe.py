@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from utils.distributed import Process
 from utils.images import ImageData
 from utils.versions import versions
 
-__all__ = ["describe_event_run", "describe_image_run"]
+__all__ = ["describe_event_run", "describe_image_run", "describe_training"]
 
 
 def describe_event_run(args: Any, data: EventData, net: nn.Module, backend: str, process: Process) -> dict[str, str]:
@@ -51,6 +52,37 @@ def describe_image_run(args: Any, data: ImageData, net: nn.Module, backend: str,
         "options": "" if args.evaluate else ", ".join(options).replace("_", " "),
     }
     return _with_common_facts(facts, args, backend, process)
+
+
+_PERHAPS = "perhaps selected on the test set"
+
+
+def describe_training(beside: Mapping[str, Any]) -> dict[str, str]:
+    """Of which epoch and seed weights are, in words, and whether the test set selected that epoch.
+
+    Args:
+        beside: what lies beside the weights, as :func:`utils.checkpoint.read_weights` gives it.
+    """
+    recipe = beside["recipe"] if isinstance(beside.get("recipe"), Mapping) else {}
+    epoch, epochs, unknown = beside.get("epoch"), recipe.get("epochs"), "not told by the weights file"
+    told = epoch is not None and epochs is not None
+    return {
+        "epoch": f"{epoch} of {epochs}, {_kind_of_epoch(epoch, epochs, beside)}" if told else f"{unknown}, {_PERHAPS}",
+        "seed": str(recipe.get("seed", unknown)),
+    }
+
+
+def _kind_of_epoch(epoch: int, epochs: int, beside: Mapping[str, Any]) -> str:
+    """What an epoch is in its run; that of exported weights says so in the words of the export."""
+    processes = beside.get("processes")
+    if processes and processes[0]["progress"]["step"]:
+        return f"and {processes[0]['progress']['step']} step(s) of the next"
+    best = beside.get("best", {}).get("epoch")
+    if epoch == epochs:
+        return "the final one" + (", also the best on the test set" if epoch == best else "")
+    if epoch == best or beside.get("accuracy", {}).get("of", "").startswith("the best test epoch"):
+        return "the best so far (selected on the test set)"
+    return "neither the final nor the best one" if best is not None else _PERHAPS
 
 
 def _with_common_facts(facts: dict[str, str], args: Any, backend: str, process: Process) -> dict[str, str]:

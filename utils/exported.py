@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import DamagedFileError, partial_of
+from utils.files import DamagedFileError, partial_of, writing
 
 __all__ = ["SUFFIX", "checksum_file", "read_exported", "sha256_of", "write_exported"]
 
@@ -39,16 +39,15 @@ def write_exported(weights: Mapping[str, Tensor], beside: Mapping[str, Any], pat
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     metadata = {name: json.dumps(value) for name, value in beside.items()}
     partial, checksum = partial_of(path), checksum_file(path)
-    try:
+    with writing(f"output {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata)
+        # Not save_file: its file is readable by nobody else, and its errors are no OSError.
+        partial.write_bytes(save(tensors, metadata))
         line = f"{sha256_of(partial)}  {path.name}\n"
         checksum.unlink(missing_ok=True)  # of a file that is gone
         os.replace(partial, path)
         partial_of(checksum).write_text(line, encoding="utf-8")
         os.replace(partial_of(checksum), checksum)
-    except OSError as error:
-        raise UserError(f"output {path} cannot be written: {error.strerror or error}; choose another folder") from error
 
 
 def read_exported(path: Path) -> dict[str, Any]:

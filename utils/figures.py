@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
 from utils.errors import UserError
-from utils.files import partial_of
+from utils.files import partial_of, writing
 from utils.pictures import colours
 
 __all__ = ["draw_attention", "draw_azo", "draw_curves", "draw_frames", "draw_spikes", "save", "style"]
@@ -33,6 +35,8 @@ DPI = 200
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
 MAP = "viridis"
+_MOST_LETTERS = 60  # of a line in a legend
+_MOST_STEPS, _FITTING_STEPS = 8, 24  # of a figure: where nobody chooses them, and where somebody does
 
 
 @contextlib.contextmanager
@@ -49,11 +53,15 @@ def style() -> Iterator[None]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with style():
+    """Write a figure as PNG, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    with style(), writing(f"figure {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(partial_of(path), format="png", dpi=DPI)
-    os.replace(partial_of(path), path)
+        os.replace(partial_of(path), path)
 
 
 def _figure(height: float, width: float = WIDTH, layout: str = "constrained") -> Figure:
@@ -98,16 +106,33 @@ def draw_frames(x: np.ndarray, title: str, full: float = 1.0) -> Figure:
     return figure
 
 
-def draw_spikes(frames: np.ndarray, rates: Mapping[str, np.ndarray], title: str, shade: bool = True) -> Figure:
+def draw_spikes(
+    frames: np.ndarray,
+    rates: Mapping[str, np.ndarray],
+    title: str,
+    shade: bool = True,
+    steps: Sequence[int] | None = None,
+) -> Figure:
     """Heat maps of spikes over the input: a row a layer, a column a time step, the input in the first row.
 
     Args:
         frames: input in grey, ``[T, H, W]``, 0 (background) to 1.
         rates: name of a layer to the share of its channels that spike, ``[T, h, w]``, spread over the input.
         shade: lay the map over the input; False shows the map alone.
+        steps: numbers of the time steps to show, from 1; None: all, of more than eight eight, evenly spread.
+
+    Raises:
+        UserError: there is no such step.
     """
     alpha = 0.75 if shade else 1.0
-    steps = np.unique(np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int))
+    T = len(frames)
+    steps = np.linspace(1, T, min(_MOST_STEPS, T)).round().astype(int) if steps is None else steps
+    for step in steps:
+        if not 1 <= step <= T:
+            raise UserError(f"--steps {step} is none of the {T} time steps; give numbers from 1 to {T}")
+    steps = np.unique(steps) - 1
+    if len(steps) > _FITTING_STEPS:
+        raise UserError(f"--steps names {len(steps)} steps and {_FITTING_STEPS} fit on a page; give fewer")
     extent = (0, frames.shape[2], frames.shape[1], 0)
     with style():
         labels = {name: _two_lines(name) for name in ["input", *rates]}
@@ -135,9 +160,10 @@ def draw_spikes(frames: np.ndarray, rates: Mapping[str, np.ndarray], title: str,
                         alpha=alpha,
                     )  # fmt: skip
             axes[row, 0].set_ylabel(labels[name], rotation=0, ha="right", va="center")
+        many = len(steps) > _MOST_STEPS  # no room for the word in every column
         for ax, t in zip(axes[0], steps, strict=True):
-            ax.set_title(f"step {t + 1}", pad=2)
-        figure.suptitle(title)
+            ax.set_title(f"{t + 1}" if many else f"step {t + 1}", pad=2)
+        figure.suptitle(f"{title}, numbers: time steps" if many else title)
     return figure
 
 
@@ -196,17 +222,21 @@ def draw_azo(epochs: Sequence[int], shares: np.ndarray, kernels: Sequence[int], 
     """Which steps and channels AZO replaced in every epoch, of one SMA: above the steps, below the channels.
 
     Args:
-        epochs: their numbers.
+        epochs: their numbers, rising; what lies between and is missing stays white.
         shares: share of the batches in which a (step, channel) was replaced, ``[epochs, S, T, C]``.
         kernels: kernel size of every scale.
     """
     steps, channels = shares.shape[2:]
-    of_step = shares.mean(3) * 100  # [epochs, S, T]
-    of_channel = shares.mean(2) * 100
+    every = np.full((epochs[-1] - epochs[0] + 1, *shares.shape[1:]), np.nan)
+    every[np.asarray(epochs) - epochs[0]] = shares
+    of_step = every.mean(3) * 100  # [epochs, S, T]
+    of_channel = every.mean(2) * 100
+    if np.isnan(every).any():
+        title = f"{title}; white: no record"
     with style():
         figure = _figure(4.2)
         axes = figure.subplots(2, len(kernels), sharex=True, sharey="row", squeeze=False)
-        scale = _colour_bar(figure, axes.ravel(), max(of_step.max(), of_channel.max()), "values replaced, %")
+        scale = _colour_bar(figure, axes.ravel(), max(np.nanmax(of_step), np.nanmax(of_channel)), "values replaced, %")
         first, last = epochs[0] - 0.5, epochs[-1] + 0.5
         for s, kernel in enumerate(kernels):
             look = {"cmap": MAP, "norm": scale, "aspect": "auto", "interpolation": "nearest"}
@@ -234,9 +264,12 @@ def draw_curves(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     if len(runs) > len(COLOURS):
         raise UserError(f"{len(runs)} runs are more than can be told apart; give at most {len(COLOURS)}")
     with style():
-        figure = _figure(2.6 + 0.16 * len(runs))
+        names = [textwrap.fill(name, _MOST_LETTERS, break_on_hyphens=False) for name in runs]
+        widths = [TextPath((0, 0), line, size=7).get_extents().width for name in names for line in name.split("\n")]
+        in_a_row = max(1, min(3, int((WIDTH - 0.2) / (max(widths) / 72 + 0.5))))  # half an inch for the line beside it
+        figure = _figure(2.6 + 0.16 * -(-(len(widths) + 2) // in_a_row))
         axes = figure.subplots(1, 2)
-        for (name, columns), colour in zip(runs.items(), COLOURS, strict=False):
+        for name, columns, colour in zip(names, runs.values(), COLOURS, strict=False):
             dot = {"marker": "o", "markersize": 3} if len(columns["epoch"]) == 1 else {}
             for ax, value in zip(axes, ("acc1", "loss"), strict=True):
                 ax.plot(columns["epoch"], columns[f"train_{value}"], color=colour, linestyle="--", linewidth=0.9, **dot)
@@ -246,10 +279,11 @@ def draw_curves(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             ax.grid(linewidth=0.3, color="#CCCCCC")
             ax.spines[["top", "right"]].set_visible(False)
-        handles, names = axes[0].get_legend_handles_labels()
+        handles, _ = axes[0].get_legend_handles_labels()
         (dashed,) = axes[0].plot([], [], color="#555555", linestyle="--", linewidth=0.9)
         (solid,) = axes[0].plot([], [], color="#555555")
         figure.legend(
-            [*handles, solid, dashed], [*names, "test", "training"], loc="outside lower center", ncols=3, frameon=False
-        )
+            [*handles, solid, dashed], [*names, "test", "training"], loc="outside lower center", ncols=in_a_row,
+            frameon=False,
+        )  # fmt: skip
     return figure

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +14,7 @@ import torch
 
 from utils.errors import UserError
 
-__all__ = ["DamagedFileError", "partial_of", "read_checked", "write_checked", "write_text"]
+__all__ = ["DamagedFileError", "partial_of", "read_checked", "write_checked", "write_text", "writing"]
 
 _CHUNK = 1 << 20
 # torch saves a zip archive. Its comment, the very end of the file, holds the checksum of everything before it: the file
@@ -55,6 +55,24 @@ def write_checked(content: Mapping[str, Any], path: Path) -> None:
 def partial_of(path: Path) -> Path:
     """Where a file is written before it gets its name; what a killed process leaves."""
     return path.with_name(f".{path.name}.partial")
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Report an OSError of the block in one sentence.
+
+    Args:
+        what: the argument and its value, for instance ``--output-dir DIR``.
+
+    Raises:
+        UserError: no room, or the place cannot be written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{what} cannot be written: {error.strerror or error}; make room or choose another folder"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

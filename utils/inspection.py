@@ -17,6 +17,7 @@ from utils.args import size, told_by_weights, whole
 from utils.checkpoint import describe_ms_resnet, describe_vgg8, load_weights, read_weights
 from utils.datasets import EventFrames, load_event_data
 from utils.demo_images import write_demo_images
+from utils.describe import describe_training
 from utils.distributed import Process
 from utils.engine import time_first
 from utils.errors import UserError, user_input
@@ -29,7 +30,7 @@ from utils.loaders import make_loaders
 __all__ = ["Inspected", "add_inspection", "load_inspected"]
 
 NETS = {"resnet18": sma_ms_resnet18, "resnet34": sma_ms_resnet34, "resnet104": sma_ms_resnet104}
-_EVENT_DEFAULTS = {"sensor_size": None, "frame_size": None, "split": "random", "split_seed": 0, "demo": False}
+_EVENT_DEFAULTS = {"sensor_size": None, "frame_size": None, "split": "random", "demo": False}
 _IMAGE_DEFAULTS = {"image_size": 224, "test_crop": None, "demo": False}
 
 
@@ -40,7 +41,7 @@ class Inspected:
     Attributes:
         batches: pairs of samples and labels of this process, every sample once.
         prepare: samples and labels on the device to the inputs of the network.
-        facts: name to words: weights, network, data, split, input, neurons.
+        facts: name to words: weights, network, epoch, seed, data, split, input, neurons.
     """
 
     net: nn.Module
@@ -62,8 +63,9 @@ def add_inspection(parser: argparse.ArgumentParser) -> None:
     add("-T", "--timesteps", type=whole(1), metavar="T", help="of a network without SMA", **unset)
     add("--sensor-size", type=size(1), metavar="HxW", help="of another camera", **unset)
     add("--frame-size", type=size(32), metavar="N|HxW", help="resize frames (default: as in training)", **unset)
-    add("--split", metavar="random|FILE", help="train/test split (default: as in training)", **unset)
+    add("--split", metavar="random|first90|tebn|FILE", help="train/test split (default: as in training)", **unset)
     add("--split-seed", type=whole(0), metavar="N", help="of that split", **unset)
+    add("--on-bad-sample", choices=("stop", "skip"), help="damaged samples (default: as in training)", **unset)
     add("--image-size", type=whole(32), metavar="N", help="side of the test crop (default: as in training)", **unset)
     add("-b", "--batch-size", type=whole(1), default=16, metavar="N", help="per process (default: 16)")
     add("--num-workers", type=whole(0), default=0, metavar="N", help="loader processes (default: 0)")
@@ -79,18 +81,19 @@ def load_inspected(args: argparse.Namespace, process: Process) -> Inspected:
     Raises:
         UserError: the file holds no network of this project, or its data are not there.
     """
-    weights, _ = read_weights(args.weights)
+    weights, beside = read_weights(args.weights)
+    trained = describe_training(beside)
     if describe_vgg8(weights):
-        return _inspect_events(args, process)
+        return _inspect_events(args, process, trained)
     if describe_ms_resnet(weights):
-        return _inspect_images(args, process)
+        return _inspect_images(args, process, trained)
     raise UserError(
         f"weights file {args.weights} is neither of an SMA-VGG8 nor of an SMA-MS-ResNet-18, -34 or -104; its names "
         f"begin with {', '.join(list(weights)[:3])}"
     )
 
 
-def _inspect_events(args: argparse.Namespace, process: Process) -> Inspected:
+def _inspect_events(args: argparse.Namespace, process: Process, trained: dict[str, str]) -> Inspected:
     about = {**_EVENT_DEFAULTS, **told_by_weights(vars(args), describe_vgg8, EVENT_INPUTS, {}), **vars(args)}
     if "timesteps" not in about:
         raise UserError(f"weights file {args.weights} does not tell T; give it as -T")
@@ -100,10 +103,11 @@ def _inspect_events(args: argparse.Namespace, process: Process) -> Inspected:
         _data_dir(args, about["demo"]),
         about["timesteps"],
         split=about["split"],
-        split_seed=about["split_seed"] or 0,
+        split_seed=about.get("split_seed", DATA_SETS[data_set].split_seed),  # released files tell none
         sensor_size=about["sensor_size"],
         frame_size=about["frame_size"],
         demo=about["demo"],
+        on_bad_sample=about.get("on_bad_sample", _run_settings(args.weights).get("on_bad_sample", "stop")),
     )
     keywords = {name: about[name] for name in ("num_classes", "width", "sma_blocks")}
     keywords |= {name: about[name] for name in ("branch_activation", "branch_groups") if name in about}
@@ -113,14 +117,16 @@ def _inspect_events(args: argparse.Namespace, process: Process) -> Inspected:
     facts = {
         "network": f"SMA-VGG8, SMA in blocks {', '.join(map(str, about['sma_blocks'])) or 'none'}, "
         f"width {about['width']:g}",
+        **trained,
         "data": data.title,
         "split": data.split,
+        **({"left out": f"{len(data.left_out)} bad files"} if data.left_out else {}),
         "input": f"T = {about['timesteps']}, frames {height}x{width}",
     }
     return _ready(args, process, net, data, time_first, facts)
 
 
-def _inspect_images(args: argparse.Namespace, process: Process) -> Inspected:
+def _inspect_images(args: argparse.Namespace, process: Process, trained: dict[str, str]) -> Inspected:
     flags = {"net": "-net"}
     about = {**_IMAGE_DEFAULTS, **told_by_weights(vars(args), describe_ms_resnet, IMAGE_INPUTS, flags), **vars(args)}
     if "timesteps" not in about:
@@ -135,6 +141,7 @@ def _inspect_images(args: argparse.Namespace, process: Process) -> Inspected:
     depth = about["net"].removeprefix("resnet")
     facts = {
         "network": f"SMA-MS-ResNet-{depth}, SMA in {net.sma_blocks} blocks, width {about['width']:g}",
+        **trained,
         "data": data.title,
         "split": f"folder {data.test.folder}",
         "input": f"T = {about['timesteps']}, test crops of {crop} pixels",
@@ -167,6 +174,11 @@ def _run_file(weights: Path) -> dict[str, Any]:
         return {}
 
 
+def _run_settings(weights: Path) -> dict[str, Any]:
+    """The resolved arguments of that run."""
+    return _run_file(weights).get("args", {})
+
+
 def _data_set_of(weights: Path, num_classes: int) -> str:
     title = _run_file(weights).get("data", "")
     for name, about in DATA_SETS.items():
@@ -185,7 +197,7 @@ def _data_dir(args: argparse.Namespace, demo: bool) -> Path:
         return args.data_dir
     if demo:
         return args.weights.parent / "demo_data"
-    stored = _run_file(args.weights).get("args", {}).get("data_dir")
+    stored = _run_settings(args.weights).get("data_dir")
     if stored is None:
         raise UserError(f"the data of weights file {args.weights} are unknown; give --data-dir DIR, or --demo")
     return Path(stored)

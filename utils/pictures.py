@@ -8,9 +8,11 @@ Polarity 0 is green and polarity 1 blue, on black.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,11 @@ from torch import Tensor
 
 from utils.datasets import EventFrames, load_event_data
 from utils.errors import UserError
-from utils.files import partial_of
+from utils.files import partial_of, write_text, writing
 from utils.frames import DATA_SETS
 from utils.logger import progress_bar
 
-__all__ = ["colours", "save_as_gif", "save_as_pic", "save_every_frame_of_an_entire_DVS_dataset"]
+__all__ = ["Kind", "colours", "save_as_gif", "save_as_pic", "save_every_frame_of_an_entire_DVS_dataset"]
 
 NAMES = {"dvs128gesture": "dvs128", "cifar10dvs": "cifar10dvs", "ncaltech101": "ncaltech101", "dvs128": "dvs128"}
 
@@ -71,12 +73,50 @@ def save_as_pic(
     """
     pictures = colours(x, scale, full)
     paths = _paths(Path(save_pic_to), pic_first_name, len(pictures))
-    Path(save_pic_to).mkdir(parents=True, exist_ok=True)
-    for picture, path in zip(pictures, paths, strict=True):
-        beside = partial_of(path)
-        Image.fromarray(picture).save(beside, format="PNG")
-        os.replace(beside, path)
+    with writing(f"folder {save_pic_to}"):
+        Path(save_pic_to).mkdir(parents=True, exist_ok=True)
+        for picture, path in zip(pictures, paths, strict=True):
+            beside = partial_of(path)
+            Image.fromarray(picture).save(beside, format="PNG")
+            os.replace(beside, path)
     return paths
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What all pictures in a folder have in common; ``pictures.json`` there tells it."""
+
+    T: int
+    scale: int
+    full: float
+
+    def check(self, folder: Path) -> None:
+        """Check that the folder holds no pictures of another kind: they would count as made, or lie among the new.
+
+        Raises:
+            UserError: it does, or tells something else.
+        """
+        path = folder / "pictures.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); choose another folder") from error
+        if found != asdict(self):
+            raise UserError(
+                f"folder {folder} holds pictures of another kind: {_told(found)} there, {_told(asdict(self))} "
+                "here; choose another folder"
+            )
+
+    def write(self, folder: Path) -> None:
+        """Tell it in the folder."""
+        with writing(f"folder {folder}"):
+            write_text(folder / "pictures.json", json.dumps(asdict(self)) + "\n")
+
+
+def _told(kind: object) -> str:
+    return ", ".join(f"{name} {value}" for name, value in kind.items()) if isinstance(kind, dict) else str(kind)
 
 
 def save_every_frame_of_an_entire_DVS_dataset(  # noqa: N802 - the published name
@@ -93,7 +133,8 @@ def save_every_frame_of_an_entire_DVS_dataset(  # noqa: N802 - the published nam
     """Save every frame of every sample of a data set as a PNG file, in parallel.
 
     The files are ``<save_pic_to>/<class>/<sample>_<t>.png``, below ``train/`` and ``test/`` where the data set has its
-    own split. Called again it makes what is missing.
+    own split. Called again it makes what is missing. ``pictures.json`` beside them tells T, scale and full: a folder
+    holds pictures of one kind.
 
     Args:
         dataset: ``"DVS128Gesture"``, ``"CIFAR10DVS"`` or ``"NCaltech101"``.
@@ -108,16 +149,22 @@ def save_every_frame_of_an_entire_DVS_dataset(  # noqa: N802 - the published nam
         The number of pictures made; those that were there are not counted.
 
     Raises:
-        UserError: the data set is unknown, not there or damaged, or a number is below 1.
+        UserError: the data set is unknown, not there or damaged, a number is below 1, or the folder holds pictures of
+            another T, scale or full.
     """
     name = NAMES.get(dataset.lower().replace("-", "").replace("_", "").replace(" ", ""))
     if name is None:
         raise UserError(f"dataset {dataset!r} is unknown; use DVS128Gesture, CIFAR10DVS or NCaltech101")
-    for what, value in {"time_steps": time_steps, "number_of_threads": number_of_threads}.items():
-        if value < 1:
+    for what, value in {"time_steps": time_steps, "number_of_threads": number_of_threads, "scale": scale}.items():
+        if value < 1 or value != int(value):
             raise UserError(f"{what}={value} must be a whole number of at least 1")
+    if not full > 0:
+        raise UserError(f"full={full} must be above 0")
+    kind = Kind(time_steps, scale, full)
+    kind.check(Path(save_pic_to))
     data = load_event_data(name, Path(dataset_path), time_steps, sensor_size=sensor_size, frames="npz")
     parts = {"train": data.train, "test": data.test}
+    kind.write(Path(save_pic_to))
     made = 0
     with ThreadPoolExecutor(number_of_threads) as pool:
         jobs = []
@@ -150,11 +197,12 @@ def _save_sample(
 def save_as_gif(x: Tensor | np.ndarray, path: Path, scale: int = 1, full: float = 1.0, seconds: float = 0.1) -> None:
     """Save the frames ``[T, 2, H, W]`` as an animated GIF that repeats, ``seconds`` a frame."""
     first, *others = [Image.fromarray(picture) for picture in colours(x, scale, full)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    first.save(
-        partial_of(path), format="GIF", save_all=True, append_images=others, duration=round(1000 * seconds), loop=0
-    )
-    os.replace(partial_of(path), path)
+    with writing(f"picture {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        first.save(
+            partial_of(path), format="GIF", save_all=True, append_images=others, duration=round(1000 * seconds), loop=0
+        )
+        os.replace(partial_of(path), path)
 
 
 def _paths(folder: Path, name: str, T: int) -> list[Path]:
