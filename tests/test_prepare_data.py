@@ -257,10 +257,12 @@ def cut_off(path):
     path.write_bytes(path.read_bytes()[:-200])
 
 
-def damaged(path):
-    caltech(path.parents[1])
+def damaged(path, compression=zipfile.ZIP_DEFLATED, at=90):  # inside the first member
+    path.parent.mkdir(parents=True)
+    with zipfile.ZipFile(path, "w", compression) as file:
+        file.writestr("Caltech101/ant/a.bin", five_bytes(events(300)))
     data = bytearray(path.read_bytes())
-    data[90] ^= 255  # inside the first member
+    data[at] ^= 255
     path.write_bytes(data)
 
 
@@ -276,10 +278,25 @@ def damaged(path):
         (link_in_zip, "which is a link or a device"),
         (cut_off, "is damaged or cut off"),
         (damaged, "is damaged or cut off"),
+        (lambda p: damaged(p, zipfile.ZIP_LZMA), "is damaged or cut off"),
+        (lambda p: damaged(p, zipfile.ZIP_BZIP2), "is damaged or cut off"),
+        (lambda p: damaged(p, at=-6), "is damaged or cut off"),  # where the table of members begins
         (lambda p: make_zip(p, {"readme.txt": b"hello"}), "hold no .bin files in Caltech101"),
         (lambda p: make_zip(p, {"../html": b""}) or p.write_bytes(b"<!DOCTYPE html>"), "it is a web page"),
     ],
-    ids=["parent", "absolute", "backslash", "link", "cut off", "damaged", "other", "web page"],
+    ids=[
+        "parent",
+        "absolute",
+        "backslash",
+        "link",
+        "cut off",
+        "damaged",
+        "lzma",
+        "bzip2",
+        "table",
+        "other",
+        "web page",
+    ],
 )
 def test_an_archive_that_is_not_right_is_refused_and_nothing_is_half_there(make, what, prepare, undisturbed, tmp_path):
     root = tmp_path / "a/b"
@@ -302,6 +319,42 @@ def test_a_tar_with_links_devices_or_ways_out_is_refused(kind, prepare, tmp_path
     error = error_of(prepare("dvs128", "--data-dir", tmp_path, *SMALL))
     assert "evil'" in error and ("leads out" in error or "link or a device" in error)
     assert not list(tmp_path.parent.glob("evil"))
+
+
+@pytest.mark.parametrize("at", [-6, -60])  # its checksum, its data
+def test_a_damaged_tar_is_refused_by_preparing_and_by_check(at, prepare, tmp_path):
+    root = gesture(tmp_path)
+    path = tmp_path / "data/DvsGesture.tar.gz"
+    data = bytearray(path.read_bytes())
+    data[at] ^= 255
+    path.write_bytes(data)
+    assert f"archive {path} is damaged or cut off (" in error_of(prepare("dvs128", "--data-dir", root, *SMALL))
+    assert not (root / "extract").exists()
+    error = error_of(prepare("dvs128", "--data-dir", root, *SMALL, "--check"))
+    assert "1 bad of 1 archives" in error and f"{path}: is damaged or cut off (" in error
+
+
+@pytest.mark.parametrize("kept", [0, -300])
+def test_check_reads_other_archives_too(kept, prepare, tmp_path):
+    path = caltech(tmp_path) / "download/Caltech101.zip"
+    path.write_bytes(path.read_bytes()[:kept])
+    error = error_of(prepare("ncaltech101", "--data-dir", tmp_path, *SMALL, "--check"))
+    assert f"{path}: is damaged or cut off (" in error and "download it again" in error
+
+
+def test_check_lists_an_archive_that_cannot_be_read_with_the_others(prepare, tmp_path, monkeypatch):
+    cifar(tmp_path)
+    (tmp_path / "frog.zip").write_bytes(b"PK")
+
+    def fault(path, *arguments):
+        if path.name == "cat.zip":
+            raise OSError(5, "Input/output error")
+        return archive_fault(path, *arguments)
+
+    monkeypatch.setattr("utils.frames.archive_fault", fault)
+    error = error_of(prepare("cifar10dvs", "--data-dir", tmp_path, *SMALL, "--check"))
+    assert "2 bad of 10 archives" in error and "cat.zip: cannot be read (Input/output error)" in error
+    assert "frog.zip: is damaged or cut off" in error
 
 
 def test_a_checksum_is_compared_and_remembered(tmp_path):

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.archives import archive_fault, find_archives, unpack
+from utils.archives import archive_fault, contents_fault, find_archives, unpack
 from utils.errors import UserError
 from utils.files import partial_of, write_text
 from utils.frame_check import BadFile
@@ -211,10 +211,19 @@ def check_recordings(
     about: DataSet, data_dir: Path, workers: int, any_archive: bool
 ) -> tuple[list[BadFile], dict[str, int]]:
     """Read every archive, recording and event file that is there; the bad ones, and how many there are of each kind."""
-    found, bad = _recordings(about, data_dir / "extract" / about.recordings)
+    recordings = data_dir / "extract" / about.recordings
+    found, bad = _recordings(about, recordings)
+    events = sample_paths(data_dir / "events_np")
     archives, md5 = find_archives(data_dir, about.archives), published_md5(about.reader)
-    faults = {path: archive_fault(path, md5[name], any_archive, None) for name, path in archives.items()}
-    bad += [BadFile(path, fault) for path, fault in faults.items() if fault]
+    if archives and not (any_archive or found or events or any(data_dir.glob(frames_name("*")))):
+        absent = [name for name in about.archives if name not in archives]
+        bad += [BadFile(data_dir / "download" / name, f"is missing; download it from {about.page}") for name in absent]
+    for name, path in archives.items():
+        try:
+            fault = archive_fault(path, md5[name], any_archive, None) or (contents_fault(path) if any_archive else "")
+        except OSError as error:
+            fault = f"cannot be read ({error.strerror or error})"
+        bad += [BadFile(path, fault)] if fault else []
 
     def check(recording: _Recording) -> BadFile | None:
         try:
