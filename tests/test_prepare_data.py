@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tarfile
@@ -86,12 +87,12 @@ def content(root):
     }
 
 
-def prepare_in(root, *arguments):
+def prepare_in(root, *arguments, data_set="ncaltech101"):
     """Run the tool as the command line does, without leaving this process."""
     argv, sys.argv = sys.argv, ["prepare_data.py"]
     term = signal.getsignal(signal.SIGTERM)
     try:
-        exit_with_sentence(lambda: prepare_data.main(["ncaltech101", "--data-dir", str(root), *arguments]))
+        exit_with_sentence(lambda: prepare_data.main([data_set, "--data-dir", str(root), *arguments]))
     finally:
         sys.argv = argv
         signal.signal(signal.SIGTERM, term)
@@ -167,7 +168,7 @@ def test_train_and_test_are_disjoint_by_content_and_their_file_tells_it(prepare,
     assert "and 0123456789abcdef is in the split file" in error_of(prepare("ncaltech101", *arguments))
 
 
-def in_child(root, seconds=None, limit=None):
+def in_child(root, seconds=None, limit=None, data_set="ncaltech101"):
     """Prepare in a process of its own; kill it after some seconds. Gives its exit code and how long it took."""
 
     def work():
@@ -176,7 +177,7 @@ def in_child(root, seconds=None, limit=None):
         tqdm.set_lock(threading.RLock())  # forked processes share the usual one, and a killed one may hold it
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        prepare_in(root, *SMALL)
+        prepare_in(root, *SMALL, data_set=data_set)
 
     began = time.monotonic()
     child = FORK.Process(target=work)
@@ -190,21 +191,24 @@ def in_child(root, seconds=None, limit=None):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """What there is at the end, and the seconds that it takes."""
+    """What there is at the end."""
     root = caltech(tmp_path_factory.mktemp("undisturbed"))
-    code, seconds = in_child(root)
+    assert in_child(root)[0] == 0
+    return content(root)
+
+
+@pytest.mark.parametrize(("make", "data_set"), [(caltech, "ncaltech101"), (gesture, "dvs128")])
+def test_killed_at_twenty_moments_it_ends_with_the_same_bytes(make, data_set, tmp_path):
+    root = make(tmp_path / "undisturbed")
+    code, took = in_child(root, data_set=data_set)
     assert code == 0
-    return content(root), seconds
-
-
-def test_killed_at_twenty_moments_it_ends_with_the_same_bytes(undisturbed, tmp_path):
-    expected, took = undisturbed
+    expected = content(root)
     rng, killed, rounds = random.Random(0), 0, 0
     while killed < 20:
-        root, rounds = caltech(tmp_path / str(rounds)), rounds + 1
+        root, rounds = make(tmp_path / str(rounds)), rounds + 1
         for _ in range(4):
-            killed += in_child(root, rng.uniform(0, took / 2))[0] == -signal.SIGKILL
-        assert in_child(root)[0] == 0
+            killed += in_child(root, rng.uniform(0, took / 2), data_set=data_set)[0] == -signal.SIGKILL
+        assert in_child(root, data_set=data_set)[0] == 0
         assert content(root) == expected
 
 
@@ -214,7 +218,38 @@ def test_a_full_disk_is_one_sentence_and_the_next_run_ends_with_the_same_bytes(u
         assert in_child(root, limit=limit)[0] == 2
     assert not list(root.glob("packed_*/*.frames"))
     assert in_child(root)[0] == 0
-    assert content(root) == undisturbed[0]
+    assert content(root) == undisturbed
+
+
+@pytest.mark.parametrize("there", ["empty", "empty class folder", "link", "link to nothing"])
+def test_a_disk_that_is_full_halfway_leaves_nothing_in_a_folder_that_was_there(there, tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere/recordings"
+    members = {
+        f"Caltech101/{n}/{i}.bin": five_bytes(events(20, 50 * k + i)) for k, n in enumerate("ab") for i in range(9)
+    }
+    make_zip(root / "Caltech101.zip", {**members, "Caltech101/b/9.bin": five_bytes(events(300))})  # the largest is last
+    elsewhere.parent.mkdir()
+    if there.startswith("link"):
+        (root / "extract").symlink_to(elsewhere)
+    if there != "link to nothing":
+        (root / "extract").resolve().mkdir()
+    if there == "empty class folder":
+        (root / "extract/Caltech101/a").mkdir(parents=True)
+    assert in_child(root, limit=1400)[0] == 2
+    assert not list((root / "extract").rglob("*.bin"))
+    assert in_child(root)[0] == 0
+    assert len(list((root / "extract").rglob("*.bin"))) == len(list((root / "events_np").rglob("*.npz"))) == 19
+    assert (root / "extract").is_symlink() == there.startswith("link") == elsewhere.is_dir()
+    assert not list(tmp_path.rglob(".building*"))
+
+
+def test_a_folder_with_something_else_is_not_unpacked_into(prepare, tmp_path):
+    root = caltech(tmp_path)
+    (root / "extract").mkdir()
+    (root / "extract/notes.txt").write_text("mine")
+    error = error_of(prepare("ncaltech101", "--data-dir", root, *SMALL))
+    assert f"folder {root / 'extract'} has files and no .bin files in Caltech101; move it away" in error
+    assert [path.name for path in (root / "extract").iterdir()] == ["notes.txt"]
 
 
 def test_a_folder_that_cannot_be_used_is_one_sentence(prepare, tmp_path):
@@ -306,7 +341,7 @@ def test_an_archive_that_is_not_right_is_refused_and_nothing_is_half_there(make,
     assert not (root / "extract").exists() and not list(tmp_path.rglob("evil")) and (root / "download").exists()
     (root / "download/Caltech101.zip").unlink()
     assert prepare("ncaltech101", "--data-dir", caltech(root), *SMALL)[0] == 0
-    assert content(root) == undisturbed[0]
+    assert content(root) == undisturbed
 
 
 @pytest.mark.parametrize("kind", ["sym", "device", "parent"])
@@ -444,6 +479,20 @@ def test_a_damaged_recording_stops_until_it_is_replaced_or_left_out(prepare, tmp
     (tmp_path / "extract/Caltech101/b/1.bin").unlink()
     code, out, err = prepare("ncaltech101", "--data-dir", tmp_path, *SMALL)
     assert code == 0 and "making 3 frames of 1 samples" in out and "9 samples in 2 classes" in out, err
+
+
+def test_a_frame_that_was_deleted_is_made_again_from_the_recording(prepare, tmp_path):
+    assert prepare("ncaltech101", "--data-dir", caltech(tmp_path), *SMALL)[0] == 0
+    expected = content(tmp_path)
+    shutil.rmtree(tmp_path / "events_np")
+    (tmp_path / "frames_number_3_split_by_number/ant/image_0003.npz").unlink()
+    code, out, err = prepare("ncaltech101", "--data-dir", tmp_path, *SMALL)
+    assert code == 0 and "making 3 frames of 1 samples" in out, err
+    assert content(tmp_path) == expected
+    # With every frame there, the recordings are left alone.
+    shutil.rmtree(tmp_path / "events_np")
+    assert prepare("ncaltech101", "--data-dir", tmp_path, *SMALL)[0] == 0
+    assert not (tmp_path / "events_np").exists()
 
 
 def test_a_gesture_recording_that_is_cut_off_before_its_last_span_is_bad(prepare, tmp_path):

@@ -6,8 +6,9 @@
     <data-dir>/frames_number_<T>_split_by_number/          (as SpikingJelly makes them, one folder for each T)
 
 Any of these is a good start: what is there is used, what is missing is made from what comes before it, by one process
-while the others wait. A folder grows under the name ``.building-<name>`` and a file under ``.<name>.partial``, so that
-what has its name is whole; the same call goes on where a killed one stopped.
+while the others wait. A file grows under the name ``.<name>.partial`` and a folder under ``.building-<name>``, so that
+what this program gives its name is whole; the same call goes on where a killed one stopped. A folder that has its name
+and files already, as SpikingJelly may leave it, is completed where it is, from what comes before it.
 """
 
 from __future__ import annotations
@@ -177,17 +178,19 @@ def make_frames(
     if not data_dir.is_dir():
         raise UserError(about.missing(data_dir))
     frames_dir, events_dir = data_dir / frames_name(T), data_dir / "events_np"
-    if frames_dir.is_dir() and not _has_files(events_dir):
-        return frames_dir, []
     recordings = data_dir / "extract" / about.recordings
-    if not _has_files(events_dir) and not _has_files(recordings):
-        _unpack_archives(about, data_dir, T, any_archive)
+    frames = sample_paths(frames_dir)
+    if not _has_files(events_dir, ".npz"):
+        # Frames alone are a good start; recordings beside them tell whether one is missing.
+        if frames and frames.keys() >= {name for found in _recordings(about, recordings)[0] for name in found.samples}:
+            return frames_dir, []
+        if not _has_files(recordings, about.suffix):
+            _unpack_archives(about, data_dir, T, any_archive)
     bad: list[BadFile] = []
-    if _has_files(recordings):
+    if _has_files(recordings, about.suffix):
         events_dir, bad = _make_events(about, recordings, events_dir, workers, skip_bad)
     events = sample_paths(events_dir)
-    frames = sample_paths(frames_dir)
-    if frames_dir.is_dir() and frames.keys() >= events.keys():
+    if frames and frames.keys() >= events.keys():
         return frames_dir, bad
     # What SpikingJelly 2.x would stop on, where it was killed.
     frames_dir.with_name(f"{frames_dir.name}.building").unlink(missing_ok=True)
@@ -246,8 +249,8 @@ def check_recordings(
     return bad, {"archives": len(archives), "recordings": len(found), "event files": len(events)}
 
 
-def _has_files(folder: Path) -> bool:
-    return folder.is_dir() and any(path.is_file() for path in folder.rglob("[!.]*"))
+def _has_files(folder: Path, suffix: str) -> bool:
+    return folder.is_dir() and any(path.is_file() for path in folder.rglob(f"[!.]*{suffix}"))
 
 
 # Folders and files that are whole when they have their name -----------------------------------------------------------
@@ -255,17 +258,31 @@ def _has_files(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _growing(final: Path) -> Iterator[Path]:
-    """The folder to put files into: the final one where it exists, else one beside that :func:`_name_if` renames."""
-    folder = final if final.is_dir() else final.with_name(f".building-{final.name}")
+    """The folder to put files into: the final one where it has files, else one beside that :func:`_name_if` renames."""
+    target = _target(final)
+    folder = final if _any_file(final) else target.with_name(f".building-{target.name}")
     folder.mkdir(exist_ok=True)
     yield folder
 
 
 def _name_if(whole: bool, folder: Path, final: Path) -> Path:
-    if whole and folder != final:
-        folder.rename(final)
-        return final
-    return folder
+    if not whole or folder == final:
+        return folder
+    target = _target(final)
+    if target.is_dir():  # empty folders: a file that was put there meanwhile stays, and is an error
+        for path in sorted((target, *target.rglob("*")), reverse=True):
+            path.rmdir()
+    folder.rename(target)
+    return final
+
+
+def _any_file(folder: Path) -> bool:
+    return any(path.is_file() for path in folder.rglob("*"))
+
+
+def _target(final: Path) -> Path:
+    """Where a link leads: the user chose that disk."""
+    return final.resolve() if final.is_symlink() else final
 
 
 def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -284,7 +301,7 @@ def _unpack_archives(about: DataSet, data_dir: Path, T: int, any_archive: bool) 
     found = find_archives(data_dir, about.archives)
     absent = [name for name in about.archives if name not in found]
     if not found:
-        folders = (path.name.split("_")[2] for path in data_dir.glob(frames_name("*")))
+        folders = (path.name.split("_")[2] for path in data_dir.glob(frames_name("*")) if _has_files(path, ".npz"))
         others = sorted(int(number) for number in folders if number.isdecimal())
         if others:
             raise UserError(
@@ -294,6 +311,12 @@ def _unpack_archives(about: DataSet, data_dir: Path, T: int, any_archive: bool) 
         raise UserError(about.missing(data_dir))
     if absent and not any_archive:
         raise UserError(f"{data_dir / 'download'} lacks {', '.join(absent)}; download from {about.page}")
+    extract = data_dir / "extract"
+    if _any_file(extract):  # unpacking into it could be cut short, and be taken for whole
+        raise UserError(
+            f"folder {extract} has files and no {about.suffix} files in {about.recordings or 'class folders'}; move it "
+            "away to have the archives unpacked"
+        )
     md5 = published_md5(about.reader)
     for name, path in found.items():
         fault = archive_fault(path, md5[name], any_archive, data_dir / ".checked_archives")
@@ -305,8 +328,8 @@ def _unpack_archives(about: DataSet, data_dir: Path, T: int, any_archive: bool) 
     # What a killed process unpacked is gone on with only if it came from the very same archives.
     stamps = "".join(f"{p.stat().st_size} {p.stat().st_mtime_ns} {p.name}\n" for p in found.values())
     begun = data_dir / ".unpacking"
-    with _growing(data_dir / "extract") as folder:
-        if folder.name.startswith(".") and not (begun.is_file() and begun.read_text(encoding="utf-8") == stamps):
+    with _growing(extract) as folder:
+        if not (begun.is_file() and begun.read_text(encoding="utf-8") == stamps):
             shutil.rmtree(folder)
             write_text(begun, stamps)
             folder.mkdir()
@@ -319,7 +342,7 @@ def _unpack_archives(about: DataSet, data_dir: Path, T: int, any_archive: bool) 
                 f"{about.recordings or 'class folders'}; use the official ones"
             )
         begun.unlink(missing_ok=True)
-        _name_if(True, folder, data_dir / "extract")
+        _name_if(True, folder, extract)
 
 
 # Recordings to events -------------------------------------------------------------------------------------------------
