@@ -1,5 +1,6 @@
 """tools/prepare_data.py: from archives to packed frames, whatever happens on the way."""
 
+import fcntl
 import hashlib
 import io
 import multiprocessing
@@ -25,6 +26,7 @@ from tools import prepare_data
 from utils.archives import archive_fault
 from utils.datasets import load_event_data
 from utils.errors import exit_with_sentence
+from utils.frames import one_process_at_a_time
 
 FORK = multiprocessing.get_context("fork")
 CLASSES = ("ant", "bass", "crab")
@@ -274,6 +276,35 @@ def test_processes_that_start_at_once_on_archives_all_see_every_sample(count, tm
     assert [results.get(timeout=60) for _ in workers] == [(27, 3, 600.0)] * count
     for worker in workers:
         worker.join()
+
+
+@pytest.mark.parametrize("mode", ["w", "r"])
+def test_a_lock_that_another_user_holds_is_waited_for(mode, tmp_path, monkeypatch):
+    """Even where it cannot be opened to write."""
+    real, entered = Path.open, threading.Event()
+
+    def opened(path, how="r", *arguments, **keywords):
+        if how != mode:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, how, *arguments, **keywords)
+
+    def wait():
+        with one_process_at_a_time(tmp_path):
+            entered.set()
+
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        monkeypatch.setattr(Path, "open", opened)
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(10)
+    waiting.join()
+
+
+def test_a_folder_without_a_lock_that_could_be_opened_is_used_as_it_is(tmp_path):
+    with one_process_at_a_time(tmp_path / "nothing"):
+        pass
 
 
 # Archives that must not be trusted -----------------------------------------------------------------------------------

@@ -147,13 +147,16 @@ def sample_paths(folder: Path, suffix: str = ".npz") -> dict[str, Path]:
 @contextlib.contextmanager
 def one_process_at_a_time(data_dir: Path) -> Iterator[None]:
     """Processes of one run, and unrelated runs, prepare a folder in turn; a kill ends the lock, too."""
-    try:
-        lock = (data_dir / ".lock").open("w")
-    except OSError:  # a read-only folder: nothing can be built there, so there is nothing to wait for
-        yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    path = data_dir / ".lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context(path.open("w"))
+        except OSError:  # it is another user's, who may be at work, or the folder cannot be written to
+            # Where there is none to open, nothing can be built, and there is nothing to wait for.
+            with contextlib.suppress(OSError):
+                fcntl.flock(stack.enter_context(path.open("r")), fcntl.LOCK_EX)
+        else:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
