@@ -307,6 +307,18 @@ def test_a_folder_without_a_lock_that_could_be_opened_is_used_as_it_is(tmp_path)
         pass
 
 
+def test_archives_beside_a_folder_that_is_not_there_are_found(prepare, tmp_path):
+    caltech(tmp_path)
+    (tmp_path / "download/Caltech101.zip").rename(tmp_path / "Caltech101.zip")
+    root = tmp_path / "ncaltech101"
+    code, out, err = prepare("ncaltech101", "--data-dir", root, *SMALL, "--check")
+    assert code == 0 and "all whole: 1 archives" in out and not root.exists(), err
+    code, out, err = prepare("ncaltech101", "--data-dir", root, *SMALL)
+    assert code == 0 and "30 samples in 3 classes" in out, err
+    assert "--demo" in error_of(prepare("ncaltech101", "--data-dir", root / "deeper/still", *SMALL))
+    assert not (root / "deeper").exists()
+
+
 # Archives that must not be trusted -----------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
+from utils.archives import find_archives
 from utils.demo import write_demo
 from utils.errors import DataError, UserError
 from utils.files import write_text
@@ -172,9 +173,11 @@ def load_event_data(
     if sensor_size is not None:
         about = replace(about, sensor=tuple(sensor_size))
     data_dir, workers = Path(data_dir), workers or _cores()
-    if not data_dir.is_dir():
-        raise UserError(about.missing(data_dir))
     try:
+        if not data_dir.is_dir():
+            if not find_archives(data_dir, about.archives):
+                raise UserError(about.missing(data_dir))
+            data_dir.mkdir(exist_ok=True)  # they lie beside it
         with one_process_at_a_time(data_dir):
             prepared = _prepare(about, data_dir, T, split, split_seed, on_bad_sample == "skip", workers, any_archive)
             stores = _stores(about, data_dir, T, prepared, workers) if frames == "packed" else {}

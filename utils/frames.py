@@ -178,8 +178,6 @@ def make_frames(
         UserError: nothing usable is there; the message says what to put where.
         OSError: no room, or the folder cannot be written to.
     """
-    if not data_dir.is_dir():
-        raise UserError(about.missing(data_dir))
     frames_dir, events_dir = data_dir / frames_name(T), data_dir / "events_np"
     recordings = data_dir / "extract" / about.recordings
     frames = sample_paths(frames_dir)
