@@ -186,8 +186,10 @@ def load_event_data(
             f"frames cannot be made in --data-dir {data_dir} ({error}); give a folder that is complete, can be written "
             "and has room; what is whole stays, and the same command goes on"
         ) from error
-    if not demo and (sensor_size is not None or len({label for _, label in prepared.train}) != about.num_classes):
-        # Other recordings in its layout: a result on them must not go under its name.
+    count, classes = len(prepared.inspected), len({label for _, label in prepared.train})
+    complete = classes == about.num_classes and count == (about.samples or count)
+    if not demo and (sensor_size is not None or not complete):
+        # Other recordings in its layout, or a part of them: a result on them must not go under its name.
         title = f"{data_dir.resolve().name}, laid out as {about.title}"
     size = tuple(frame_size or about.sensor)
     train_set = EventFrames(prepared.train, T, about.sensor, size, augment, seed, store=stores.get("train"))
