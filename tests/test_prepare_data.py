@@ -556,6 +556,9 @@ def test_mistakes_on_the_command_line(prepare, tmp_path):
     assert "has its own training and test clips" in error_of(
         prepare("dvs128", "--data-dir", tmp_path, "--split", "first90")
     )
+    error = error_of(prepare("ncaltech101", "--data-dir", caltech(tmp_path / "c"), *SMALL, "--split", "tebn"))
+    assert "--split tebn is no split of N-Caltech101; give one of random, first90, or a split file" in error
+    assert not (tmp_path / "c/extract").exists()
     for arguments in (("dvs128", "--workers", 0), ("mnist",), ("dvs128", "-T", "x")):
         assert prepare(*arguments)[0] == 2
     assert "--demo" in error_of(prepare("ncaltech101", "--data-dir", tmp_path / "nothing"))

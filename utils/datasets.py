@@ -172,6 +172,7 @@ def load_event_data(
         split = str(data_dir / "split.csv")
     if sensor_size is not None:
         about = replace(about, sensor=tuple(sensor_size))
+    _check_rule(about, split)
     data_dir, workers = Path(data_dir), workers or _cores()
     try:
         if not data_dir.is_dir():
@@ -326,6 +327,13 @@ def _refusal(bad: Sequence[BadFile], data_dir: Path) -> UserError:
         f"{len(bad)} bad files in --data-dir {data_dir}; replace them, delete those that can be made again, "
         f"or leave them out by --on-bad-sample skip:{listing(bad)}"
     )
+
+
+def _check_rule(about: DataSet, rule: str) -> None:
+    if rule in RULES and rule not in about.rules and not about.has_split:
+        raise UserError(
+            f"--split {rule} is no split of {about.title}; give one of {', '.join(about.rules)}, or a split file"
+        )
 
 
 def _key(folder: Path, path: Path) -> str:

@@ -62,6 +62,7 @@ class DataSet:
     archives: tuple[str, ...]
     page: str  # where to download it
     class_names: tuple[str, ...] = ()  # where they are known
+    rules: tuple[str, ...] = ("random", "first90")  # of its splits
 
     def missing(self, data_dir: Path) -> str:
         """The sentence for a user who has not got it yet."""
@@ -107,6 +108,7 @@ DATA_SETS = {
         suffix=".aedat",
         archives=tuple(f"{name}.zip" for name in _CIFAR10),
         class_names=_CIFAR10,
+        rules=("random", "first90", "tebn"),
         page="https://figshare.com/articles/dataset/CIFAR10-DVS_New/4724671",
     ),
     "ncaltech101": DataSet(
