@@ -524,6 +524,30 @@ def test_a_damaged_recording_stops_until_it_is_replaced_or_left_out(prepare, tmp
     assert code == 0 and "making 3 frames of 1 samples" in out and "9 samples in 2 classes" in out, err
 
 
+def test_a_bad_recording_does_not_hide_behind_a_split_and_moves_no_other_sample(prepare, tmp_path):
+    members = {
+        f"Caltech101/{n}/{i}.bin": five_bytes(events(200, 50 * k + i)) for k, n in enumerate("ab") for i in range(10)
+    }
+    for name, change in (("whole", {}), ("cut", {"Caltech101/a/3.bin": members["Caltech101/a/3.bin"][:-2]})):
+        make_zip(tmp_path / name / "Caltech101.zip", {**members, **change})
+    (tmp_path / "split.txt").write_text("train,*\ntest,a/3\ntest,a/4\ntest,b/3\n")
+    cut = ["ncaltech101", "--data-dir", tmp_path / "cut", *SMALL]
+    for split in ("random", tmp_path / "split.txt"):
+        for check in ([], ["--check"]):
+            error = error_of(prepare(*cut, "--split", split, *check))
+            assert "a/3.bin: is cut off inside an event" in error
+        assert prepare(*cut, "--split", split, "--on-bad-sample", "skip")[0] == 0
+        whole = ["ncaltech101", "--data-dir", tmp_path / "whole", *SMALL]
+        assert prepare(*whole, "--split", split)[0] == 0
+        written = {root: next((tmp_path / root / "splits").iterdir()) for root in ("whole", "cut")}
+        lines = {
+            root: [line for line in path.read_text().splitlines() if line[0] != "#"] for root, path in written.items()
+        }
+        assert lines["cut"] == [line for line in lines["whole"] if ",a/3," not in line]
+        for path in written.values():
+            path.unlink()
+
+
 def test_a_frame_that_was_deleted_is_made_again_from_the_recording(prepare, tmp_path):
     assert prepare("ncaltech101", "--data-dir", caltech(tmp_path), *SMALL)[0] == 0
     expected = content(tmp_path)
@@ -536,6 +560,20 @@ def test_a_frame_that_was_deleted_is_made_again_from_the_recording(prepare, tmp_
     shutil.rmtree(tmp_path / "events_np")
     assert prepare("ncaltech101", "--data-dir", tmp_path, *SMALL)[0] == 0
     assert not (tmp_path / "events_np").exists()
+
+
+def test_check_compares_training_with_test(prepare, tmp_path):
+    assert prepare("ncaltech101", "--data-dir", caltech(tmp_path), *SMALL)[0] == 0
+    (path,) = (tmp_path / "splits").iterdir()
+    lines = [line.split(",") for line in path.read_text().splitlines() if line[0] != "#"]
+    train, test = (next(name for of, name, _ in lines if of == part) for part in ("train", "test"))
+    frames = tmp_path / "frames_number_3_split_by_number"
+    shutil.copy(frames / f"{test}.npz", frames / f"{train}.npz")
+    error = error_of(prepare("ncaltech101", "--data-dir", tmp_path, *SMALL, "--check"))
+    assert "1 bad of" in error and f"{train}.npz: has the same events as the test sample {test}" in error
+    (tmp_path / "split.txt").write_text(f"test,{train}\ntest,{test}\ntrain,*\n")
+    code, _, err = prepare("ncaltech101", "--data-dir", tmp_path, *SMALL, "--check", "--split", tmp_path / "split.txt")
+    assert code == 0, err
 
 
 def test_a_gesture_recording_that_is_cut_off_before_its_last_span_is_bad(prepare, tmp_path):

@@ -233,22 +233,21 @@ def check_recordings(
 
     def check(recording: _Recording) -> BadFile | None:
         try:
-            for events in _samples_of(about, recording):
-                _check_events(recording.path, events, about.sensor)
+            for of_sample in _samples_of(about, recording):
+                _check_events(recording.path, of_sample, about.sensor)
         except RecordingError as error:
-            return BadFile(error.path, error.what)
+            return BadFile(error.path, error.what, recording.samples[0])
         return None
 
-    def check_events(path: Path) -> BadFile | None:
+    def check_events(name: str) -> BadFile | None:
         try:
-            _read_events(path, about.sensor)
+            _read_events(events[name], about.sensor)
         except RecordingError as error:
-            return BadFile(error.path, error.what)
+            return BadFile(error.path, error.what, name)
         return None
 
     bad += filter(None, in_threads(check, found, workers, "checking recordings"))
-    events = list(sample_paths(data_dir / "events_np").values())
-    bad += filter(None, in_threads(check_events, events, workers, "checking events"))
+    bad += filter(None, in_threads(check_events, list(events), workers, "checking events"))
     return bad, {"archives": len(archives), "recordings": len(found), "event files": len(events)}
 
 
