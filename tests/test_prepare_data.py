@@ -25,7 +25,7 @@ from tests.test_recordings import aedat2, aedat3, events, five_bytes, packet
 from tools import prepare_data
 from utils.archives import archive_fault
 from utils.datasets import load_event_data
-from utils.errors import exit_with_sentence
+from utils.errors import UserError, exit_with_sentence
 from utils.frames import one_process_at_a_time
 
 FORK = multiprocessing.get_context("fork")
@@ -66,15 +66,15 @@ def cifar(root):
     return root
 
 
-def gesture(root):
+def gesture(root, labels=range(1, 12), train="user01_led"):
     members = {}
-    for part, user in (("train", "user01"), ("test", "user24")):
+    for part, name in (("train", train), ("test", "user24_led")):
         recording = events(2000, len(part))
-        spans = [(label, 300_000 * label, 300_000 * label + 290_000) for label in range(1, 12)]
-        members[f"DvsGesture/trials_to_{part}.txt"] = f"{user}_led.aedat\n".encode()
-        members[f"DvsGesture/{user}_led.aedat"] = aedat3(packet(recording))
+        spans = [(label, 300_000 * label, 300_000 * label + 290_000) for label in labels]
+        members[f"DvsGesture/trials_to_{part}.txt"] = f"{name}.aedat\n".encode()
+        members[f"DvsGesture/{name}.aedat"] = aedat3(packet(recording))
         lines = ["class,startTime_usec,endTime_usec", *(",".join(map(str, span)) for span in spans)]
-        members[f"DvsGesture/{user}_led_labels.csv"] = "\n".join(lines).encode()
+        members[f"DvsGesture/{name}_labels.csv"] = "\n".join(lines).encode()
     make_tar(root / "data/DvsGesture.tar.gz", members)  # beside the folder of the data set
     (root / "data/dvs128").mkdir()
     return root / "data/dvs128"
@@ -498,13 +498,49 @@ def test_check_lists_everything_that_is_bad_at_once_and_changes_nothing(prepare,
     assert len(error.splitlines()) == 11 and str(frames / "eel") in error
 
 
-def test_a_missing_class_of_cifar10dvs_is_told_by_check(prepare, tmp_path):
+def test_a_missing_class_of_cifar10dvs_is_told_by_check_at_every_stage_and_not_trained_on(prepare, tmp_path):
     cifar(tmp_path)
     (tmp_path / "frog.zip").unlink()
     assert "lacks frog.zip" in error_of(prepare("cifar10dvs", "--data-dir", tmp_path, "-T", 3))
+    check = ["cifar10dvs", "--data-dir", tmp_path, "-T", 3, "--check"]
+    assert "frog.zip: is missing; download it" in error_of(prepare(*check))
     assert prepare("cifar10dvs", "--data-dir", tmp_path, *SMALL)[0] == 0
-    error = error_of(prepare("cifar10dvs", "--data-dir", tmp_path, *SMALL, "--check"))
-    assert "frog: is missing: a class of CIFAR10-DVS" in error
+    error = error_of(prepare(*check, "--any-archive"))
+    for stage in ("frames_number_3_split_by_number", "events_np", "extract"):
+        assert f"{tmp_path / stage / 'frog'}: is missing: a class of CIFAR10-DVS" in error
+    with pytest.raises(
+        UserError, match=r"1 bad files.*\n.*frog: is missing: .*; --sensor-size HxW says that these are"
+    ):
+        load_event_data("cifar10dvs", tmp_path, 3)
+    (tmp_path / "extract/frog").mkdir()
+    error = error_of(prepare(*check, "--any-archive"))
+    assert f"{tmp_path}/extract/frog: is a class without .aedat files" in error and error.count("extract/frog") == 1
+    (tmp_path / "extract/frog").rmdir()
+    for passing in ({"on_bad_sample": "skip"}, {"sensor_size": (128, 128)}, {"any_archive": True}):
+        data = load_event_data("cifar10dvs", tmp_path, 3, **passing)
+        assert len(data.classes) == 9 and data.title.endswith("laid out as CIFAR10-DVS")
+
+
+@pytest.mark.parametrize(("names", "lacks_one"), [("user01_led", True), ("object", False)])
+def test_a_missing_gesture_is_told_by_the_names_of_the_others(names, lacks_one, prepare, tmp_path):
+    """Other recordings in its layout may have any number of classes."""
+    root = gesture(tmp_path, labels=range(1, 11), train=names)
+    assert prepare("dvs128", "--data-dir", root, *SMALL)[0] == 0
+    result = prepare("dvs128", "--data-dir", root, *SMALL, "--check")
+    if lacks_one:
+        assert f"{root / 'events_np/10'}: is missing: a class of DVS128 Gesture" in error_of(result)
+        with pytest.raises(UserError, match="split_by_number/10: is missing: a class of DVS128 Gesture"):
+            load_event_data("dvs128", root, 3)
+    else:
+        assert result[0] == 0 and len(load_event_data("dvs128", root, 3).classes) == 10
+
+
+@pytest.mark.parametrize(
+    ("count", "name", "what"), [(101, "image_0001", 0), (100, "image_0001", 1), (50, "image_0001", 0), (100, "a", 0)]
+)
+def test_most_of_the_classes_of_ncaltech101_with_its_names_are_not_all(count, name, what):
+    lacking = prepare_data.DATA_SETS["ncaltech101"].lacking_classes(Path("d"), [f"{n}/{name}" for n in range(count)])
+    assert [str(file).partition(";")[0] for file in lacking] == ["d: has 100 of the 101 classes of N-Caltech101"] * what
 
 
 def test_a_damaged_recording_stops_until_it_is_replaced_or_left_out(prepare, tmp_path):

@@ -158,7 +158,8 @@ def load_event_data(
             ``"npz"`` files.
         on_bad_sample: ``"stop"`` or ``"skip"``.
         workers: threads that prepare; the cores where it is None.
-        any_archive: accept archives without the published checksum.
+        any_archive: accept archives without the published checksum. As with ``sensor_size`` the recordings are others,
+            which may have fewer classes.
 
     Raises:
         UserError: nothing usable is there, the message says what to put where; or files are bad, it lists them all.
@@ -174,6 +175,7 @@ def load_event_data(
         about = replace(about, sensor=tuple(sensor_size))
     _check_rule(about, split)
     data_dir, workers = Path(data_dir), workers or _cores()
+    others = any_archive or sensor_size is not None  # not the official recordings: fewer classes are no fault
     try:
         if not data_dir.is_dir():
             if not find_archives(data_dir, about.archives):
@@ -181,7 +183,7 @@ def load_event_data(
             data_dir.mkdir(exist_ok=True)  # they lie beside it
         with one_process_at_a_time(data_dir):
             skip = on_bad_sample == "skip"
-            prepared = _prepare(about, data_dir, T, split, split_seed, skip, workers, any_archive)
+            prepared = _prepare(about, data_dir, T, split, split_seed, skip, workers, any_archive, others)
             stores = _stores(about, data_dir, T, prepared, workers) if frames == "packed" else {}
     except OSError as error:
         raise UserError(
@@ -228,16 +230,13 @@ def check_event_data(
     bad, counts = check_recordings(about, data_dir, workers, any_archive)
     folder = data_dir / frames_name(T)
     if folder.is_dir():
-        files, classes, empty = _list_samples(folder, _parts(about))
+        files, _, empty = _list_samples(folder, _parts(about))
         paths = {_key(folder, path): path for of_part in files.values() for path, _ in of_part}
         inspected, bad_frames = check_frames(paths, T, about.sensor, None, workers)
         bad += empty + bad_frames
         divided = _split(about, split, split_seed, paths, bad)
-        bad += _contradictions(divided, paths, inspected)
+        bad += about.lacking_classes(folder, paths, empty) + _contradictions(divided, paths, inspected)
         counts[f"files of {T} frames"] = len(paths)
-        if set(classes) < set(about.class_names):
-            missing = sorted(set(about.class_names) - set(classes))
-            bad += [BadFile(folder / name, f"is missing: a class of {about.title}") for name in missing]
     stores = sorted(data_dir.glob(f"{packed_folder(T, about.sensor)}/*.frames"))
     bad += [BadFile(path, what) for path in stores if (what := damage(path))]
     counts["packed stores"] = len(stores)
@@ -298,6 +297,7 @@ def _prepare(
     skip_bad: bool,
     workers: int,
     any_archive: bool,
+    others: bool,
 ) -> _Prepared:
     folder, bad = make_frames(about, data_dir, T, workers, any_archive, skip_bad)
     parts = _parts(about)
@@ -310,6 +310,8 @@ def _prepare(
     inspected, bad_frames = check_frames(paths, T, about.sensor, record, workers)
     bad += bad_frames
     split = _split(about, rule, seed, paths, bad)
+    if not others:
+        bad += about.lacking_classes(folder, {*paths, *_samples(bad)}, empty)
     bad += _contradictions(split, paths, inspected)
     if bad and not skip_bad:
         raise _refusal(bad, data_dir)

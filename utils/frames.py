@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +62,7 @@ class DataSet:
     suffix: str  # of a recording
     archives: tuple[str, ...]
     page: str  # where to download it
+    sample_names: str  # a pattern: those of its official samples
     class_names: tuple[str, ...] = ()  # where they are known
     rules: tuple[str, ...] = ("random", "first90")  # of its splits
 
@@ -71,6 +73,26 @@ class DataSet:
             f"{data_dir / 'download'}, or put events_np/ as SpikingJelly makes it there, or try the software without "
             "any data by --demo"
         )
+
+    def lacking_classes(self, folder: Path, samples: Iterable[str], told: Iterable[BadFile] = ()) -> list[BadFile]:
+        """The classes that samples ``<class>/<sample>`` lack if they are most of the official ones; else none.
+
+        They are official by their names: other recordings may have fewer classes.
+
+        Args:
+            folder: holds them.
+            told: what is known to be bad: an empty class is not told twice.
+        """
+        names = [name.split("/")[-2:] for name in samples]
+        classes = {label for label, _ in names}
+        most = self.num_classes / 2 < len(classes) < self.num_classes and classes <= set(self.class_names or classes)
+        if not most or not all(re.fullmatch(self.sample_names, name) for _, name in names):
+            return []
+        others = "--sensor-size HxW says that these are other recordings"
+        if not self.class_names:
+            return [BadFile(folder, f"has {len(classes)} of the {self.num_classes} classes of {self.title}; {others}")]
+        lacking = {folder / name for name in self.class_names if name not in classes} - {file.path for file in told}
+        return [BadFile(path, f"is missing: a class of {self.title}; {others}") for path in sorted(lacking)]
 
     def _archives_in_words(self) -> str:
         return self.archives[0] if len(self.archives) == 1 else f"{self.archives[0]} ... {self.archives[-1]}"
@@ -92,6 +114,8 @@ DATA_SETS = {
         recordings="DvsGesture",
         suffix=".aedat",
         archives=("DvsGesture.tar.gz",),
+        sample_names=r"user\d\d_[a-z_]+_\d+",
+        class_names=tuple(map(str, range(11))),
         page="https://ibm.ent.box.com/s/3hiq58ww1pbbjrinh367ykfdf60xsfm8/folder/50167556794",
     ),
     "cifar10dvs": DataSet(
@@ -107,6 +131,7 @@ DATA_SETS = {
         recordings="",
         suffix=".aedat",
         archives=tuple(f"{name}.zip" for name in _CIFAR10),
+        sample_names=r"cifar10_[a-z]+_\d+",
         class_names=_CIFAR10,
         rules=("random", "first90", "tebn"),
         page="https://figshare.com/articles/dataset/CIFAR10-DVS_New/4724671",
@@ -124,6 +149,7 @@ DATA_SETS = {
         recordings="Caltech101",
         suffix=".bin",
         archives=("Caltech101.zip",),
+        sample_names=r"image_\d{4}",
         page="https://www.garrickorchard.com/datasets/n-caltech101",
     ),
 }
@@ -248,6 +274,8 @@ def check_recordings(
 
     bad += filter(None, in_threads(check, found, workers, "checking recordings"))
     bad += filter(None, in_threads(check_events, list(events), workers, "checking events"))
+    bad += about.lacking_classes(recordings, (name for recording in found for name in recording.samples), bad)
+    bad += about.lacking_classes(data_dir / "events_np", events)
     return bad, {"archives": len(archives), "recordings": len(found), "event files": len(events)}
 
 
