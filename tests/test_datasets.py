@@ -1,5 +1,6 @@
 """Event data: layouts, splits, making frames once and whole, damaged files, augmentation, loaders."""
 
+import dataclasses
 import multiprocessing
 import os
 import shutil
@@ -42,6 +43,12 @@ def test_gesture_layout_has_its_own_split_and_exact_counts(gesture_data):
     assert same_label == label == 2 and path.parent.name == "10"
     expected = frames_by_hand(gesture_data / "events_np/test/10" / path.name, 4, 128, 128)
     assert np.array_equal(frames.numpy(), expected) and frames.dtype == torch.float32
+
+
+def test_data_that_are_not_all_of_the_official_ones_do_not_go_under_their_name(gesture_data, monkeypatch):
+    assert load_event_data("dvs128", gesture_data, 4).title == f"{gesture_data.name}, laid out as DVS128 Gesture"
+    monkeypatch.setitem(DATA_SETS, "dvs128", dataclasses.replace(DATA_SETS["dvs128"], samples=33))
+    assert load_event_data("dvs128", gesture_data, 4).title == "DVS128 Gesture"
 
 
 def test_folder_layout_is_split_90_to_10_inside_each_class(folder_data):

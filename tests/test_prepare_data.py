@@ -1,11 +1,13 @@
 """tools/prepare_data.py: from archives to packed frames, whatever happens on the way."""
 
+import fcntl
 import hashlib
 import io
 import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tarfile
@@ -23,7 +25,8 @@ from tests.test_recordings import aedat2, aedat3, events, five_bytes, packet
 from tools import prepare_data
 from utils.archives import archive_fault
 from utils.datasets import load_event_data
-from utils.errors import exit_with_sentence
+from utils.errors import UserError, exit_with_sentence
+from utils.frames import one_process_at_a_time
 
 FORK = multiprocessing.get_context("fork")
 CLASSES = ("ant", "bass", "crab")
@@ -63,15 +66,15 @@ def cifar(root):
     return root
 
 
-def gesture(root):
+def gesture(root, labels=range(1, 12), train="user01_led"):
     members = {}
-    for part, user in (("train", "user01"), ("test", "user24")):
+    for part, name in (("train", train), ("test", "user24_led")):
         recording = events(2000, len(part))
-        spans = [(label, 300_000 * label, 300_000 * label + 290_000) for label in range(1, 12)]
-        members[f"DvsGesture/trials_to_{part}.txt"] = f"{user}_led.aedat\n".encode()
-        members[f"DvsGesture/{user}_led.aedat"] = aedat3(packet(recording))
+        spans = [(label, 300_000 * label, 300_000 * label + 290_000) for label in labels]
+        members[f"DvsGesture/trials_to_{part}.txt"] = f"{name}.aedat\n".encode()
+        members[f"DvsGesture/{name}.aedat"] = aedat3(packet(recording))
         lines = ["class,startTime_usec,endTime_usec", *(",".join(map(str, span)) for span in spans)]
-        members[f"DvsGesture/{user}_led_labels.csv"] = "\n".join(lines).encode()
+        members[f"DvsGesture/{name}_labels.csv"] = "\n".join(lines).encode()
     make_tar(root / "data/DvsGesture.tar.gz", members)  # beside the folder of the data set
     (root / "data/dvs128").mkdir()
     return root / "data/dvs128"
@@ -86,12 +89,12 @@ def content(root):
     }
 
 
-def prepare_in(root, *arguments):
+def prepare_in(root, *arguments, data_set="ncaltech101"):
     """Run the tool as the command line does, without leaving this process."""
     argv, sys.argv = sys.argv, ["prepare_data.py"]
     term = signal.getsignal(signal.SIGTERM)
     try:
-        exit_with_sentence(lambda: prepare_data.main(["ncaltech101", "--data-dir", str(root), *arguments]))
+        exit_with_sentence(lambda: prepare_data.main([data_set, "--data-dir", str(root), *arguments]))
     finally:
         sys.argv = argv
         signal.signal(signal.SIGTERM, term)
@@ -167,7 +170,7 @@ def test_train_and_test_are_disjoint_by_content_and_their_file_tells_it(prepare,
     assert "and 0123456789abcdef is in the split file" in error_of(prepare("ncaltech101", *arguments))
 
 
-def in_child(root, seconds=None, limit=None):
+def in_child(root, seconds=None, limit=None, data_set="ncaltech101"):
     """Prepare in a process of its own; kill it after some seconds. Gives its exit code and how long it took."""
 
     def work():
@@ -176,7 +179,7 @@ def in_child(root, seconds=None, limit=None):
         tqdm.set_lock(threading.RLock())  # forked processes share the usual one, and a killed one may hold it
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        prepare_in(root, *SMALL)
+        prepare_in(root, *SMALL, data_set=data_set)
 
     began = time.monotonic()
     child = FORK.Process(target=work)
@@ -190,21 +193,24 @@ def in_child(root, seconds=None, limit=None):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """What there is at the end, and the seconds that it takes."""
+    """What there is at the end."""
     root = caltech(tmp_path_factory.mktemp("undisturbed"))
-    code, seconds = in_child(root)
+    assert in_child(root)[0] == 0
+    return content(root)
+
+
+@pytest.mark.parametrize(("make", "data_set"), [(caltech, "ncaltech101"), (gesture, "dvs128")])
+def test_killed_at_twenty_moments_it_ends_with_the_same_bytes(make, data_set, tmp_path):
+    root = make(tmp_path / "undisturbed")
+    code, took = in_child(root, data_set=data_set)
     assert code == 0
-    return content(root), seconds
-
-
-def test_killed_at_twenty_moments_it_ends_with_the_same_bytes(undisturbed, tmp_path):
-    expected, took = undisturbed
+    expected = content(root)
     rng, killed, rounds = random.Random(0), 0, 0
     while killed < 20:
-        root, rounds = caltech(tmp_path / str(rounds)), rounds + 1
+        root, rounds = make(tmp_path / str(rounds)), rounds + 1
         for _ in range(4):
-            killed += in_child(root, rng.uniform(0, took / 2))[0] == -signal.SIGKILL
-        assert in_child(root)[0] == 0
+            killed += in_child(root, rng.uniform(0, took / 2), data_set=data_set)[0] == -signal.SIGKILL
+        assert in_child(root, data_set=data_set)[0] == 0
         assert content(root) == expected
 
 
@@ -214,7 +220,38 @@ def test_a_full_disk_is_one_sentence_and_the_next_run_ends_with_the_same_bytes(u
         assert in_child(root, limit=limit)[0] == 2
     assert not list(root.glob("packed_*/*.frames"))
     assert in_child(root)[0] == 0
-    assert content(root) == undisturbed[0]
+    assert content(root) == undisturbed
+
+
+@pytest.mark.parametrize("there", ["empty", "empty class folder", "link", "link to nothing"])
+def test_a_disk_that_is_full_halfway_leaves_nothing_in_a_folder_that_was_there(there, tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere/recordings"
+    members = {
+        f"Caltech101/{n}/{i}.bin": five_bytes(events(20, 50 * k + i)) for k, n in enumerate("ab") for i in range(9)
+    }
+    make_zip(root / "Caltech101.zip", {**members, "Caltech101/b/9.bin": five_bytes(events(300))})  # the largest is last
+    elsewhere.parent.mkdir()
+    if there.startswith("link"):
+        (root / "extract").symlink_to(elsewhere)
+    if there != "link to nothing":
+        (root / "extract").resolve().mkdir()
+    if there == "empty class folder":
+        (root / "extract/Caltech101/a").mkdir(parents=True)
+    assert in_child(root, limit=1400)[0] == 2
+    assert not list((root / "extract").rglob("*.bin"))
+    assert in_child(root)[0] == 0
+    assert len(list((root / "extract").rglob("*.bin"))) == len(list((root / "events_np").rglob("*.npz"))) == 19
+    assert (root / "extract").is_symlink() == there.startswith("link") == elsewhere.is_dir()
+    assert not list(tmp_path.rglob(".building*"))
+
+
+def test_a_folder_with_something_else_is_not_unpacked_into(prepare, tmp_path):
+    root = caltech(tmp_path)
+    (root / "extract").mkdir()
+    (root / "extract/notes.txt").write_text("mine")
+    error = error_of(prepare("ncaltech101", "--data-dir", root, *SMALL))
+    assert f"folder {root / 'extract'} has files and no .bin files in Caltech101; move it away" in error
+    assert [path.name for path in (root / "extract").iterdir()] == ["notes.txt"]
 
 
 def test_a_folder_that_cannot_be_used_is_one_sentence(prepare, tmp_path):
@@ -241,6 +278,47 @@ def test_processes_that_start_at_once_on_archives_all_see_every_sample(count, tm
         worker.join()
 
 
+@pytest.mark.parametrize("mode", ["w", "r"])
+def test_a_lock_that_another_user_holds_is_waited_for(mode, tmp_path, monkeypatch):
+    """Even where it cannot be opened to write."""
+    real, entered = Path.open, threading.Event()
+
+    def opened(path, how="r", *arguments, **keywords):
+        if how != mode:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, how, *arguments, **keywords)
+
+    def wait():
+        with one_process_at_a_time(tmp_path):
+            entered.set()
+
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        monkeypatch.setattr(Path, "open", opened)
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(10)
+    waiting.join()
+
+
+def test_a_folder_without_a_lock_that_could_be_opened_is_used_as_it_is(tmp_path):
+    with one_process_at_a_time(tmp_path / "nothing"):
+        pass
+
+
+def test_archives_beside_a_folder_that_is_not_there_are_found(prepare, tmp_path):
+    caltech(tmp_path)
+    (tmp_path / "download/Caltech101.zip").rename(tmp_path / "Caltech101.zip")
+    root = tmp_path / "ncaltech101"
+    code, out, err = prepare("ncaltech101", "--data-dir", root, *SMALL, "--check")
+    assert code == 0 and "all whole: 1 archives" in out and not root.exists(), err
+    code, out, err = prepare("ncaltech101", "--data-dir", root, *SMALL)
+    assert code == 0 and "30 samples in 3 classes" in out, err
+    assert "--demo" in error_of(prepare("ncaltech101", "--data-dir", root / "deeper/still", *SMALL))
+    assert not (root / "deeper").exists()
+
+
 # Archives that must not be trusted -----------------------------------------------------------------------------------
 
 
@@ -257,10 +335,12 @@ def cut_off(path):
     path.write_bytes(path.read_bytes()[:-200])
 
 
-def damaged(path):
-    caltech(path.parents[1])
+def damaged(path, compression=zipfile.ZIP_DEFLATED, at=90):  # inside the first member
+    path.parent.mkdir(parents=True)
+    with zipfile.ZipFile(path, "w", compression) as file:
+        file.writestr("Caltech101/ant/a.bin", five_bytes(events(300)))
     data = bytearray(path.read_bytes())
-    data[90] ^= 255  # inside the first member
+    data[at] ^= 255
     path.write_bytes(data)
 
 
@@ -276,10 +356,25 @@ def damaged(path):
         (link_in_zip, "which is a link or a device"),
         (cut_off, "is damaged or cut off"),
         (damaged, "is damaged or cut off"),
+        (lambda p: damaged(p, zipfile.ZIP_LZMA), "is damaged or cut off"),
+        (lambda p: damaged(p, zipfile.ZIP_BZIP2), "is damaged or cut off"),
+        (lambda p: damaged(p, at=-6), "is damaged or cut off"),  # where the table of members begins
         (lambda p: make_zip(p, {"readme.txt": b"hello"}), "hold no .bin files in Caltech101"),
         (lambda p: make_zip(p, {"../html": b""}) or p.write_bytes(b"<!DOCTYPE html>"), "it is a web page"),
     ],
-    ids=["parent", "absolute", "backslash", "link", "cut off", "damaged", "other", "web page"],
+    ids=[
+        "parent",
+        "absolute",
+        "backslash",
+        "link",
+        "cut off",
+        "damaged",
+        "lzma",
+        "bzip2",
+        "table",
+        "other",
+        "web page",
+    ],
 )
 def test_an_archive_that_is_not_right_is_refused_and_nothing_is_half_there(make, what, prepare, undisturbed, tmp_path):
     root = tmp_path / "a/b"
@@ -289,7 +384,7 @@ def test_an_archive_that_is_not_right_is_refused_and_nothing_is_half_there(make,
     assert not (root / "extract").exists() and not list(tmp_path.rglob("evil")) and (root / "download").exists()
     (root / "download/Caltech101.zip").unlink()
     assert prepare("ncaltech101", "--data-dir", caltech(root), *SMALL)[0] == 0
-    assert content(root) == undisturbed[0]
+    assert content(root) == undisturbed
 
 
 @pytest.mark.parametrize("kind", ["sym", "device", "parent"])
@@ -302,6 +397,42 @@ def test_a_tar_with_links_devices_or_ways_out_is_refused(kind, prepare, tmp_path
     error = error_of(prepare("dvs128", "--data-dir", tmp_path, *SMALL))
     assert "evil'" in error and ("leads out" in error or "link or a device" in error)
     assert not list(tmp_path.parent.glob("evil"))
+
+
+@pytest.mark.parametrize("at", [-6, -60])  # its checksum, its data
+def test_a_damaged_tar_is_refused_by_preparing_and_by_check(at, prepare, tmp_path):
+    root = gesture(tmp_path)
+    path = tmp_path / "data/DvsGesture.tar.gz"
+    data = bytearray(path.read_bytes())
+    data[at] ^= 255
+    path.write_bytes(data)
+    assert f"archive {path} is damaged or cut off (" in error_of(prepare("dvs128", "--data-dir", root, *SMALL))
+    assert not (root / "extract").exists()
+    error = error_of(prepare("dvs128", "--data-dir", root, *SMALL, "--check"))
+    assert "1 bad of 1 archives" in error and f"{path}: is damaged or cut off (" in error
+
+
+@pytest.mark.parametrize("kept", [0, -300])
+def test_check_reads_other_archives_too(kept, prepare, tmp_path):
+    path = caltech(tmp_path) / "download/Caltech101.zip"
+    path.write_bytes(path.read_bytes()[:kept])
+    error = error_of(prepare("ncaltech101", "--data-dir", tmp_path, *SMALL, "--check"))
+    assert f"{path}: is damaged or cut off (" in error and "download it again" in error
+
+
+def test_check_lists_an_archive_that_cannot_be_read_with_the_others(prepare, tmp_path, monkeypatch):
+    cifar(tmp_path)
+    (tmp_path / "frog.zip").write_bytes(b"PK")
+
+    def fault(path, *arguments):
+        if path.name == "cat.zip":
+            raise OSError(5, "Input/output error")
+        return archive_fault(path, *arguments)
+
+    monkeypatch.setattr("utils.frames.archive_fault", fault)
+    error = error_of(prepare("cifar10dvs", "--data-dir", tmp_path, *SMALL, "--check"))
+    assert "2 bad of 10 archives" in error and "cat.zip: cannot be read (Input/output error)" in error
+    assert "frog.zip: is damaged or cut off" in error
 
 
 def test_a_checksum_is_compared_and_remembered(tmp_path):
@@ -367,13 +498,49 @@ def test_check_lists_everything_that_is_bad_at_once_and_changes_nothing(prepare,
     assert len(error.splitlines()) == 11 and str(frames / "eel") in error
 
 
-def test_a_missing_class_of_cifar10dvs_is_told_by_check(prepare, tmp_path):
+def test_a_missing_class_of_cifar10dvs_is_told_by_check_at_every_stage_and_not_trained_on(prepare, tmp_path):
     cifar(tmp_path)
     (tmp_path / "frog.zip").unlink()
     assert "lacks frog.zip" in error_of(prepare("cifar10dvs", "--data-dir", tmp_path, "-T", 3))
+    check = ["cifar10dvs", "--data-dir", tmp_path, "-T", 3, "--check"]
+    assert "frog.zip: is missing; download it" in error_of(prepare(*check))
     assert prepare("cifar10dvs", "--data-dir", tmp_path, *SMALL)[0] == 0
-    error = error_of(prepare("cifar10dvs", "--data-dir", tmp_path, *SMALL, "--check"))
-    assert "frog: is missing: a class of CIFAR10-DVS" in error
+    error = error_of(prepare(*check, "--any-archive"))
+    for stage in ("frames_number_3_split_by_number", "events_np", "extract"):
+        assert f"{tmp_path / stage / 'frog'}: is missing: a class of CIFAR10-DVS" in error
+    with pytest.raises(
+        UserError, match=r"1 bad files.*\n.*frog: is missing: .*; --sensor-size HxW says that these are"
+    ):
+        load_event_data("cifar10dvs", tmp_path, 3)
+    (tmp_path / "extract/frog").mkdir()
+    error = error_of(prepare(*check, "--any-archive"))
+    assert f"{tmp_path}/extract/frog: is a class without .aedat files" in error and error.count("extract/frog") == 1
+    (tmp_path / "extract/frog").rmdir()
+    for passing in ({"on_bad_sample": "skip"}, {"sensor_size": (128, 128)}, {"any_archive": True}):
+        data = load_event_data("cifar10dvs", tmp_path, 3, **passing)
+        assert len(data.classes) == 9 and data.title.endswith("laid out as CIFAR10-DVS")
+
+
+@pytest.mark.parametrize(("names", "lacks_one"), [("user01_led", True), ("object", False)])
+def test_a_missing_gesture_is_told_by_the_names_of_the_others(names, lacks_one, prepare, tmp_path):
+    """Other recordings in its layout may have any number of classes."""
+    root = gesture(tmp_path, labels=range(1, 11), train=names)
+    assert prepare("dvs128", "--data-dir", root, *SMALL)[0] == 0
+    result = prepare("dvs128", "--data-dir", root, *SMALL, "--check")
+    if lacks_one:
+        assert f"{root / 'events_np/10'}: is missing: a class of DVS128 Gesture" in error_of(result)
+        with pytest.raises(UserError, match="split_by_number/10: is missing: a class of DVS128 Gesture"):
+            load_event_data("dvs128", root, 3)
+    else:
+        assert result[0] == 0 and len(load_event_data("dvs128", root, 3).classes) == 10
+
+
+@pytest.mark.parametrize(
+    ("count", "name", "what"), [(101, "image_0001", 0), (100, "image_0001", 1), (50, "image_0001", 0), (100, "a", 0)]
+)
+def test_most_of_the_classes_of_ncaltech101_with_its_names_are_not_all(count, name, what):
+    lacking = prepare_data.DATA_SETS["ncaltech101"].lacking_classes(Path("d"), [f"{n}/{name}" for n in range(count)])
+    assert [str(file).partition(";")[0] for file in lacking] == ["d: has 100 of the 101 classes of N-Caltech101"] * what
 
 
 def test_a_damaged_recording_stops_until_it_is_replaced_or_left_out(prepare, tmp_path):
@@ -391,6 +558,58 @@ def test_a_damaged_recording_stops_until_it_is_replaced_or_left_out(prepare, tmp
     (tmp_path / "extract/Caltech101/b/1.bin").unlink()
     code, out, err = prepare("ncaltech101", "--data-dir", tmp_path, *SMALL)
     assert code == 0 and "making 3 frames of 1 samples" in out and "9 samples in 2 classes" in out, err
+
+
+def test_a_bad_recording_does_not_hide_behind_a_split_and_moves_no_other_sample(prepare, tmp_path):
+    members = {
+        f"Caltech101/{n}/{i}.bin": five_bytes(events(200, 50 * k + i)) for k, n in enumerate("ab") for i in range(10)
+    }
+    for name, change in (("whole", {}), ("cut", {"Caltech101/a/3.bin": members["Caltech101/a/3.bin"][:-2]})):
+        make_zip(tmp_path / name / "Caltech101.zip", {**members, **change})
+    (tmp_path / "split.txt").write_text("train,*\ntest,a/3\ntest,a/4\ntest,b/3\n")
+    cut = ["ncaltech101", "--data-dir", tmp_path / "cut", *SMALL]
+    for split in ("random", tmp_path / "split.txt"):
+        for check in ([], ["--check"]):
+            error = error_of(prepare(*cut, "--split", split, *check))
+            assert "a/3.bin: is cut off inside an event" in error
+        assert prepare(*cut, "--split", split, "--on-bad-sample", "skip")[0] == 0
+        whole = ["ncaltech101", "--data-dir", tmp_path / "whole", *SMALL]
+        assert prepare(*whole, "--split", split)[0] == 0
+        written = {root: next((tmp_path / root / "splits").iterdir()) for root in ("whole", "cut")}
+        lines = {
+            root: [line for line in path.read_text().splitlines() if line[0] != "#"] for root, path in written.items()
+        }
+        assert lines["cut"] == [line for line in lines["whole"] if ",a/3," not in line]
+        for path in written.values():
+            path.unlink()
+
+
+def test_a_frame_that_was_deleted_is_made_again_from_the_recording(prepare, tmp_path):
+    assert prepare("ncaltech101", "--data-dir", caltech(tmp_path), *SMALL)[0] == 0
+    expected = content(tmp_path)
+    shutil.rmtree(tmp_path / "events_np")
+    (tmp_path / "frames_number_3_split_by_number/ant/image_0003.npz").unlink()
+    code, out, err = prepare("ncaltech101", "--data-dir", tmp_path, *SMALL)
+    assert code == 0 and "making 3 frames of 1 samples" in out, err
+    assert content(tmp_path) == expected
+    # With every frame there, the recordings are left alone.
+    shutil.rmtree(tmp_path / "events_np")
+    assert prepare("ncaltech101", "--data-dir", tmp_path, *SMALL)[0] == 0
+    assert not (tmp_path / "events_np").exists()
+
+
+def test_check_compares_training_with_test(prepare, tmp_path):
+    assert prepare("ncaltech101", "--data-dir", caltech(tmp_path), *SMALL)[0] == 0
+    (path,) = (tmp_path / "splits").iterdir()
+    lines = [line.split(",") for line in path.read_text().splitlines() if line[0] != "#"]
+    train, test = (next(name for of, name, _ in lines if of == part) for part in ("train", "test"))
+    frames = tmp_path / "frames_number_3_split_by_number"
+    shutil.copy(frames / f"{test}.npz", frames / f"{train}.npz")
+    error = error_of(prepare("ncaltech101", "--data-dir", tmp_path, *SMALL, "--check"))
+    assert "1 bad of" in error and f"{train}.npz: has the same events as the test sample {test}" in error
+    (tmp_path / "split.txt").write_text(f"test,{train}\ntest,{test}\ntrain,*\n")
+    code, _, err = prepare("ncaltech101", "--data-dir", tmp_path, *SMALL, "--check", "--split", tmp_path / "split.txt")
+    assert code == 0, err
 
 
 def test_a_gesture_recording_that_is_cut_off_before_its_last_span_is_bad(prepare, tmp_path):
@@ -411,6 +630,9 @@ def test_mistakes_on_the_command_line(prepare, tmp_path):
     assert "has its own training and test clips" in error_of(
         prepare("dvs128", "--data-dir", tmp_path, "--split", "first90")
     )
+    error = error_of(prepare("ncaltech101", "--data-dir", caltech(tmp_path / "c"), *SMALL, "--split", "tebn"))
+    assert "--split tebn is no split of N-Caltech101; give one of random, first90, or a split file" in error
+    assert not (tmp_path / "c/extract").exists()
     for arguments in (("dvs128", "--workers", 0), ("mnist",), ("dvs128", "-T", "x")):
         assert prepare(*arguments)[0] == 2
     assert "--demo" in error_of(prepare("ncaltech101", "--data-dir", tmp_path / "nothing"))

@@ -1,6 +1,8 @@
 """Packed frames: the same counts, from files that are never misread."""
 
 import dataclasses
+import hashlib
+import json
 import pickle
 
 import numpy as np
@@ -83,10 +85,34 @@ def test_every_flipped_byte_is_found(path):
                 _ = [store[index] for index in range(4)]
 
 
-@pytest.mark.parametrize("content", [b"", b"EVFRAME1", b"EVFRAME1" + b"{" * 2000, b"<html>" * 500])
+def header(**changes):
+    described = {**dataclasses.asdict(CONTENTS), "dtype": "uint8", **changes}
+    return b"EVFRAME1" + json.dumps(described).encode().ljust(2000)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"EVFRAME1", b"EVFRAME1" + b"{" * 2000, b"EVFRAME1" + b"[" * 2000, b"<html>" * 500),
+        *(b"EVFRAME1" + text.ljust(2000) for text in (b"3", b'"text"', b"[]", b"{}", b"null", b"NaN")),
+        *(header(count=count) for count in (-1, 10**15, 10**30, 1.5, "4", None, [4], True)),
+        *(header(dtype=dtype) for dtype in ("float99", "O", {}, [[]])),
+        header(another=1),
+    ],
+)
 def test_what_is_no_store_is_not_opened(content, path):
     path.write_bytes(content)
     assert open_store(path, CONTENTS) is None and damage(path)
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "float99"}, {"dtype": None}, {"another": 1}, {"part": None}])
+def test_a_store_of_another_version_is_not_opened(changes, path):
+    """Even where its checksum is right."""
+    whole = path.read_bytes()
+    table = whole[8 + 1016 + 32 :][: 12 * CONTENTS.count + 8]
+    head = header(**changes)[8 : 8 + 1016]
+    path.write_bytes(b"EVFRAME1" + head + hashlib.sha256(head + table).digest() + whole[8 + 1016 + 32 :])
+    assert open_store(path, CONTENTS) is None
 
 
 @pytest.mark.parametrize("kept", [1, 500, 1100, -1])

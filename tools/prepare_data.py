@@ -2,7 +2,7 @@
 
     python tools/prepare_data.py dvs128 --data-dir data/dvs128
     python tools/prepare_data.py cifar10dvs -T 10 --split tebn
-    python tools/prepare_data.py ncaltech101 --check               read everything, change nothing, list what is bad
+    python tools/prepare_data.py ncaltech101 --check               read what is there, change nothing, list what is bad
 
 Put the archives into DIR/download, into DIR or beside it. After a kill at any moment the same command goes on, and
 where nothing is missing it changes nothing. Training does the same at its first start.
@@ -64,10 +64,18 @@ def print_table(data: EventData, seconds: float) -> None:
 
 
 def check(args: argparse.Namespace, about: DataSet) -> None:
-    """Read everything that is there; raise UserError with the list of what is bad."""
+    """Read what is there for T; raise UserError with the list of what is bad."""
     if args.sensor_size is not None:
         about = replace(about, sensor=tuple(args.sensor_size))
-    bad, counts = check_event_data(about, args.data_dir, args.timesteps, args.workers, args.any_archive)
+    bad, counts = check_event_data(
+        about,
+        args.data_dir,
+        args.timesteps,
+        split=args.split,
+        split_seed=args.seed,
+        workers=args.workers,
+        any_archive=args.any_archive,
+    )
     read = ", ".join(f"{count} {what}" for what, count in counts.items())
     if bad:
         raise UserError(f"{len(bad)} bad of {read} in --data-dir {args.data_dir}:{listing(bad)}")
@@ -93,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="other recordings in the same layout: any MD5",
     )
     add("--on-bad-sample", choices=("stop", "skip"), default="stop", help="damaged samples (default: stop)")
-    add("--check", action="store_true", help="read every file that is there, list the bad ones, and change nothing")
+    add("--check", action="store_true", help="read archives, recordings, events, frames for T; list what is bad")
     return parser
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
+from utils.archives import find_archives
 from utils.demo import write_demo
 from utils.errors import DataError, UserError
 from utils.files import write_text
@@ -157,7 +158,8 @@ def load_event_data(
             ``"npz"`` files.
         on_bad_sample: ``"stop"`` or ``"skip"``.
         workers: threads that prepare; the cores where it is None.
-        any_archive: accept archives without the published checksum.
+        any_archive: accept archives without the published checksum. As with ``sensor_size`` the recordings are others,
+            which may have fewer classes.
 
     Raises:
         UserError: nothing usable is there, the message says what to put where; or files are bad, it lists them all.
@@ -171,20 +173,27 @@ def load_event_data(
         split = str(data_dir / "split.csv")
     if sensor_size is not None:
         about = replace(about, sensor=tuple(sensor_size))
+    _check_rule(about, split)
     data_dir, workers = Path(data_dir), workers or _cores()
-    if not data_dir.is_dir():
-        raise UserError(about.missing(data_dir))
+    others = any_archive or sensor_size is not None  # not the official recordings: fewer classes are no fault
     try:
+        if not data_dir.is_dir():
+            if not find_archives(data_dir, about.archives):
+                raise UserError(about.missing(data_dir))
+            data_dir.mkdir(exist_ok=True)  # they lie beside it
         with one_process_at_a_time(data_dir):
-            prepared = _prepare(about, data_dir, T, split, split_seed, on_bad_sample == "skip", workers, any_archive)
+            skip = on_bad_sample == "skip"
+            prepared = _prepare(about, data_dir, T, split, split_seed, skip, workers, any_archive, others)
             stores = _stores(about, data_dir, T, prepared, workers) if frames == "packed" else {}
     except OSError as error:
         raise UserError(
             f"frames cannot be made in --data-dir {data_dir} ({error}); give a folder that is complete, can be written "
             "and has room; what is whole stays, and the same command goes on"
         ) from error
-    if not demo and (sensor_size is not None or len({label for _, label in prepared.train}) != about.num_classes):
-        # Other recordings in its layout: a result on them must not go under its name.
+    count, classes = len(prepared.inspected), len({label for _, label in prepared.train})
+    complete = classes == about.num_classes and count == (about.samples or count)
+    if not demo and (sensor_size is not None or not complete):
+        # Other recordings in its layout, or a part of them: a result on them must not go under its name.
         title = f"{data_dir.resolve().name}, laid out as {about.title}"
     size = tuple(frame_size or about.sensor)
     train_set = EventFrames(prepared.train, T, about.sensor, size, augment, seed, store=stores.get("train"))
@@ -199,27 +208,35 @@ def load_event_data(
 
 
 def check_event_data(
-    about: DataSet, data_dir: Path, T: int, workers: int | None = None, any_archive: bool = False
+    about: DataSet,
+    data_dir: Path,
+    T: int,
+    *,
+    split: str = "random",
+    split_seed: int = 0,
+    workers: int | None = None,
+    any_archive: bool = False,
 ) -> tuple[list[BadFile], dict[str, int]]:
-    """Read every archive, recording, event file, file of frames and packed store that is there; nothing is changed.
+    """Read every archive, recording, event file, file of T frames and packed store of them; nothing is changed.
 
     Returns:
-        What is bad or missing, and how many files of each kind were read.
+        What is bad or missing, also for this split, and how many files of each kind were read.
 
     Raises:
-        UserError: there is nothing.
+        UserError: there is nothing, or the split cannot be made.
     """
+    _check_rule(about, split)
     workers = workers or _cores()
     bad, counts = check_recordings(about, data_dir, workers, any_archive)
     folder = data_dir / frames_name(T)
     if folder.is_dir():
-        files, classes, empty = _list_samples(folder, ("train", "test") if about.has_split else (".",))
+        files, _, empty = _list_samples(folder, _parts(about))
         paths = {_key(folder, path): path for of_part in files.values() for path, _ in of_part}
-        bad += empty + check_frames(paths, T, about.sensor, None, workers)[1]
+        inspected, bad_frames = check_frames(paths, T, about.sensor, None, workers)
+        bad += empty + bad_frames
+        divided = _split(about, split, split_seed, paths, bad)
+        bad += about.lacking_classes(folder, paths, empty) + _contradictions(divided, paths, inspected)
         counts[f"files of {T} frames"] = len(paths)
-        if set(classes) < set(about.class_names):
-            missing = sorted(set(about.class_names) - set(classes))
-            bad += [BadFile(folder / name, f"is missing: a class of {about.title}") for name in missing]
     stores = sorted(data_dir.glob(f"{packed_folder(T, about.sensor)}/*.frames"))
     bad += [BadFile(path, what) for path in stores if (what := damage(path))]
     counts["packed stores"] = len(stores)
@@ -280,9 +297,10 @@ def _prepare(
     skip_bad: bool,
     workers: int,
     any_archive: bool,
+    others: bool,
 ) -> _Prepared:
     folder, bad = make_frames(about, data_dir, T, workers, any_archive, skip_bad)
-    parts = ("train", "test") if about.has_split else (".",)
+    parts = _parts(about)
     if bad and not all((folder / part).is_dir() for part in parts):
         raise _refusal(bad, data_dir)
     files, classes, empty = _list_samples(folder, parts)
@@ -291,19 +309,15 @@ def _prepare(
     record = data_dir / f".checked_T{T}_{about.sensor[0]}x{about.sensor[1]}"
     inspected, bad_frames = check_frames(paths, T, about.sensor, record, workers)
     bad += bad_frames
-    if about.has_split:
-        train, test = (tuple(_key(folder, path) for path, _ in files[part]) for part in ("train", "test"))
-        split = Split("the data set's own", "own", train, test)
-    elif rule in RULES:
-        split = make_split(rule, list(paths), seed)
-    else:
-        split = read_split(Path(rule), list(paths))
+    split = _split(about, rule, seed, paths, bad)
+    if not others:
+        bad += about.lacking_classes(folder, {*paths, *_samples(bad)}, empty)
     bad += _contradictions(split, paths, inspected)
     if bad and not skip_bad:
         raise _refusal(bad, data_dir)
     if bad:
         print(f"left out: {len(bad)} bad files{listing(bad)}", flush=True)
-    split = split.without({file.sample for file in bad})
+    split = split.without(_samples(bad))
     labels = {_key(folder, path): label for of_part in files.values() for path, label in of_part}
     train, test = ([(paths[name], labels[name]) for name in part] for part in (split.train, split.test))
     for part, samples in {"training": train, "test": test}.items():
@@ -321,6 +335,30 @@ def _refusal(bad: Sequence[BadFile], data_dir: Path) -> UserError:
         f"{len(bad)} bad files in --data-dir {data_dir}; replace them, delete those that can be made again, "
         f"or leave them out by --on-bad-sample skip:{listing(bad)}"
     )
+
+
+def _check_rule(about: DataSet, rule: str) -> None:
+    if rule in RULES and rule not in about.rules and not about.has_split:
+        raise UserError(
+            f"--split {rule} is no split of {about.title}; give one of {', '.join(about.rules)}, or a split file"
+        )
+
+
+def _split(about: DataSet, rule: str, seed: int, paths: Iterable[str], bad: Sequence[BadFile]) -> Split:
+    """The split of all samples, the bad ones included: leaving one out does not move the others."""
+    if about.has_split:
+        train, test = (tuple(name for name in paths if name.startswith(f"{part}/")) for part in _parts(about))
+        return Split("the data set's own", "own", train, test)
+    names = sorted({*paths, *_samples(bad)})
+    return make_split(rule, names, seed) if rule in RULES else read_split(Path(rule), names)
+
+
+def _samples(bad: Sequence[BadFile]) -> set[str]:
+    return {file.sample for file in bad if file.sample}
+
+
+def _parts(about: DataSet) -> tuple[str, ...]:
+    return ("train", "test") if about.has_split else (".",)
 
 
 def _key(folder: Path, path: Path) -> str:

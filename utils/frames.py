@@ -6,24 +6,26 @@
     <data-dir>/frames_number_<T>_split_by_number/          (as SpikingJelly makes them, one folder for each T)
 
 Any of these is a good start: what is there is used, what is missing is made from what comes before it, by one process
-while the others wait. A folder grows under the name ``.building-<name>`` and a file under ``.<name>.partial``, so that
-what has its name is whole; the same call goes on where a killed one stopped.
+while the others wait. A file grows under the name ``.<name>.partial`` and a folder under ``.building-<name>``, so that
+what this program gives its name is whole; the same call goes on where a killed one stopped. A folder that has its name
+and files already, as SpikingJelly may leave it, is completed where it is, from what comes before it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from utils.archives import archive_fault, find_archives, unpack
+from utils.archives import archive_fault, contents_fault, find_archives, unpack
 from utils.errors import UserError
 from utils.files import partial_of, write_text
 from utils.frame_check import BadFile
@@ -60,7 +62,9 @@ class DataSet:
     suffix: str  # of a recording
     archives: tuple[str, ...]
     page: str  # where to download it
+    sample_names: str  # a pattern: those of its official samples
     class_names: tuple[str, ...] = ()  # where they are known
+    rules: tuple[str, ...] = ("random", "first90")  # of its splits
 
     def missing(self, data_dir: Path) -> str:
         """The sentence for a user who has not got it yet."""
@@ -69,6 +73,26 @@ class DataSet:
             f"{data_dir / 'download'}, or put events_np/ as SpikingJelly makes it there, or try the software without "
             "any data by --demo"
         )
+
+    def lacking_classes(self, folder: Path, samples: Iterable[str], told: Iterable[BadFile] = ()) -> list[BadFile]:
+        """The classes that samples ``<class>/<sample>`` lack if they are most of the official ones; else none.
+
+        They are official by their names: other recordings may have fewer classes.
+
+        Args:
+            folder: holds them.
+            told: what is known to be bad: an empty class is not told twice.
+        """
+        names = [name.split("/")[-2:] for name in samples]
+        classes = {label for label, _ in names}
+        most = self.num_classes / 2 < len(classes) < self.num_classes and classes <= set(self.class_names or classes)
+        if not most or not all(re.fullmatch(self.sample_names, name) for _, name in names):
+            return []
+        others = "--sensor-size HxW says that these are other recordings"
+        if not self.class_names:
+            return [BadFile(folder, f"has {len(classes)} of the {self.num_classes} classes of {self.title}; {others}")]
+        lacking = {folder / name for name in self.class_names if name not in classes} - {file.path for file in told}
+        return [BadFile(path, f"is missing: a class of {self.title}; {others}") for path in sorted(lacking)]
 
     def _archives_in_words(self) -> str:
         return self.archives[0] if len(self.archives) == 1 else f"{self.archives[0]} ... {self.archives[-1]}"
@@ -90,6 +114,8 @@ DATA_SETS = {
         recordings="DvsGesture",
         suffix=".aedat",
         archives=("DvsGesture.tar.gz",),
+        sample_names=r"user\d\d_[a-z_]+_\d+",
+        class_names=tuple(map(str, range(11))),
         page="https://ibm.ent.box.com/s/3hiq58ww1pbbjrinh367ykfdf60xsfm8/folder/50167556794",
     ),
     "cifar10dvs": DataSet(
@@ -105,7 +131,9 @@ DATA_SETS = {
         recordings="",
         suffix=".aedat",
         archives=tuple(f"{name}.zip" for name in _CIFAR10),
+        sample_names=r"cifar10_[a-z]+_\d+",
         class_names=_CIFAR10,
+        rules=("random", "first90", "tebn"),
         page="https://figshare.com/articles/dataset/CIFAR10-DVS_New/4724671",
     ),
     "ncaltech101": DataSet(
@@ -121,6 +149,7 @@ DATA_SETS = {
         recordings="Caltech101",
         suffix=".bin",
         archives=("Caltech101.zip",),
+        sample_names=r"image_\d{4}",
         page="https://www.garrickorchard.com/datasets/n-caltech101",
     ),
 }
@@ -146,13 +175,16 @@ def sample_paths(folder: Path, suffix: str = ".npz") -> dict[str, Path]:
 @contextlib.contextmanager
 def one_process_at_a_time(data_dir: Path) -> Iterator[None]:
     """Processes of one run, and unrelated runs, prepare a folder in turn; a kill ends the lock, too."""
-    try:
-        lock = (data_dir / ".lock").open("w")
-    except OSError:  # a read-only folder: nothing can be built there, so there is nothing to wait for
-        yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    path = data_dir / ".lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context(path.open("w"))
+        except OSError:  # it is another user's, who may be at work, or the folder cannot be written to
+            # Where there is none to open, nothing can be built, and there is nothing to wait for.
+            with contextlib.suppress(OSError):
+                fcntl.flock(stack.enter_context(path.open("r")), fcntl.LOCK_EX)
+        else:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -174,20 +206,20 @@ def make_frames(
         UserError: nothing usable is there; the message says what to put where.
         OSError: no room, or the folder cannot be written to.
     """
-    if not data_dir.is_dir():
-        raise UserError(about.missing(data_dir))
     frames_dir, events_dir = data_dir / frames_name(T), data_dir / "events_np"
-    if frames_dir.is_dir() and not _has_files(events_dir):
-        return frames_dir, []
     recordings = data_dir / "extract" / about.recordings
-    if not _has_files(events_dir) and not _has_files(recordings):
-        _unpack_archives(about, data_dir, T, any_archive)
+    frames = sample_paths(frames_dir)
+    if not _has_files(events_dir, ".npz"):
+        # Frames alone are a good start; recordings beside them tell whether one is missing.
+        if frames and frames.keys() >= {name for found in _recordings(about, recordings)[0] for name in found.samples}:
+            return frames_dir, []
+        if not _has_files(recordings, about.suffix):
+            _unpack_archives(about, data_dir, T, any_archive)
     bad: list[BadFile] = []
-    if _has_files(recordings):
+    if _has_files(recordings, about.suffix):
         events_dir, bad = _make_events(about, recordings, events_dir, workers, skip_bad)
     events = sample_paths(events_dir)
-    frames = sample_paths(frames_dir)
-    if frames_dir.is_dir() and frames.keys() >= events.keys():
+    if frames and frames.keys() >= events.keys():
         return frames_dir, bad
     # What SpikingJelly 2.x would stop on, where it was killed.
     frames_dir.with_name(f"{frames_dir.name}.building").unlink(missing_ok=True)
@@ -211,34 +243,44 @@ def check_recordings(
     about: DataSet, data_dir: Path, workers: int, any_archive: bool
 ) -> tuple[list[BadFile], dict[str, int]]:
     """Read every archive, recording and event file that is there; the bad ones, and how many there are of each kind."""
-    found, bad = _recordings(about, data_dir / "extract" / about.recordings)
+    recordings = data_dir / "extract" / about.recordings
+    found, bad = _recordings(about, recordings)
+    events = sample_paths(data_dir / "events_np")
     archives, md5 = find_archives(data_dir, about.archives), published_md5(about.reader)
-    faults = {path: archive_fault(path, md5[name], any_archive, None) for name, path in archives.items()}
-    bad += [BadFile(path, fault) for path, fault in faults.items() if fault]
+    if archives and not (any_archive or found or events or any(data_dir.glob(frames_name("*")))):
+        absent = [name for name in about.archives if name not in archives]
+        bad += [BadFile(data_dir / "download" / name, f"is missing; download it from {about.page}") for name in absent]
+    for name, path in archives.items():
+        try:
+            fault = archive_fault(path, md5[name], any_archive, None) or (contents_fault(path) if any_archive else "")
+        except OSError as error:
+            fault = f"cannot be read ({error.strerror or error})"
+        bad += [BadFile(path, fault)] if fault else []
 
     def check(recording: _Recording) -> BadFile | None:
         try:
-            for events in _samples_of(about, recording):
-                _check_events(recording.path, events, about.sensor)
+            for of_sample in _samples_of(about, recording):
+                _check_events(recording.path, of_sample, about.sensor)
         except RecordingError as error:
-            return BadFile(error.path, error.what)
+            return BadFile(error.path, error.what, recording.samples[0])
         return None
 
-    def check_events(path: Path) -> BadFile | None:
+    def check_events(name: str) -> BadFile | None:
         try:
-            _read_events(path, about.sensor)
+            _read_events(events[name], about.sensor)
         except RecordingError as error:
-            return BadFile(error.path, error.what)
+            return BadFile(error.path, error.what, name)
         return None
 
     bad += filter(None, in_threads(check, found, workers, "checking recordings"))
-    events = list(sample_paths(data_dir / "events_np").values())
-    bad += filter(None, in_threads(check_events, events, workers, "checking events"))
+    bad += filter(None, in_threads(check_events, list(events), workers, "checking events"))
+    bad += about.lacking_classes(recordings, (name for recording in found for name in recording.samples), bad)
+    bad += about.lacking_classes(data_dir / "events_np", events)
     return bad, {"archives": len(archives), "recordings": len(found), "event files": len(events)}
 
 
-def _has_files(folder: Path) -> bool:
-    return folder.is_dir() and any(path.is_file() for path in folder.rglob("[!.]*"))
+def _has_files(folder: Path, suffix: str) -> bool:
+    return folder.is_dir() and any(path.is_file() for path in folder.rglob(f"[!.]*{suffix}"))
 
 
 # Folders and files that are whole when they have their name -----------------------------------------------------------
@@ -246,17 +288,31 @@ def _has_files(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _growing(final: Path) -> Iterator[Path]:
-    """The folder to put files into: the final one where it exists, else one beside that :func:`_name_if` renames."""
-    folder = final if final.is_dir() else final.with_name(f".building-{final.name}")
+    """The folder to put files into: the final one where it has files, else one beside that :func:`_name_if` renames."""
+    target = _target(final)
+    folder = final if _any_file(final) else target.with_name(f".building-{target.name}")
     folder.mkdir(exist_ok=True)
     yield folder
 
 
 def _name_if(whole: bool, folder: Path, final: Path) -> Path:
-    if whole and folder != final:
-        folder.rename(final)
-        return final
-    return folder
+    if not whole or folder == final:
+        return folder
+    target = _target(final)
+    if target.is_dir():  # empty folders: a file that was put there meanwhile stays, and is an error
+        for path in sorted((target, *target.rglob("*")), reverse=True):
+            path.rmdir()
+    folder.rename(target)
+    return final
+
+
+def _any_file(folder: Path) -> bool:
+    return any(path.is_file() for path in folder.rglob("*"))
+
+
+def _target(final: Path) -> Path:
+    """Where a link leads: the user chose that disk."""
+    return final.resolve() if final.is_symlink() else final
 
 
 def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -275,7 +331,7 @@ def _unpack_archives(about: DataSet, data_dir: Path, T: int, any_archive: bool) 
     found = find_archives(data_dir, about.archives)
     absent = [name for name in about.archives if name not in found]
     if not found:
-        folders = (path.name.split("_")[2] for path in data_dir.glob(frames_name("*")))
+        folders = (path.name.split("_")[2] for path in data_dir.glob(frames_name("*")) if _has_files(path, ".npz"))
         others = sorted(int(number) for number in folders if number.isdecimal())
         if others:
             raise UserError(
@@ -285,6 +341,12 @@ def _unpack_archives(about: DataSet, data_dir: Path, T: int, any_archive: bool) 
         raise UserError(about.missing(data_dir))
     if absent and not any_archive:
         raise UserError(f"{data_dir / 'download'} lacks {', '.join(absent)}; download from {about.page}")
+    extract = data_dir / "extract"
+    if _any_file(extract):  # unpacking into it could be cut short, and be taken for whole
+        raise UserError(
+            f"folder {extract} has files and no {about.suffix} files in {about.recordings or 'class folders'}; move it "
+            "away to have the archives unpacked"
+        )
     md5 = published_md5(about.reader)
     for name, path in found.items():
         fault = archive_fault(path, md5[name], any_archive, data_dir / ".checked_archives")
@@ -296,8 +358,8 @@ def _unpack_archives(about: DataSet, data_dir: Path, T: int, any_archive: bool) 
     # What a killed process unpacked is gone on with only if it came from the very same archives.
     stamps = "".join(f"{p.stat().st_size} {p.stat().st_mtime_ns} {p.name}\n" for p in found.values())
     begun = data_dir / ".unpacking"
-    with _growing(data_dir / "extract") as folder:
-        if folder.name.startswith(".") and not (begun.is_file() and begun.read_text(encoding="utf-8") == stamps):
+    with _growing(extract) as folder:
+        if not (begun.is_file() and begun.read_text(encoding="utf-8") == stamps):
             shutil.rmtree(folder)
             write_text(begun, stamps)
             folder.mkdir()
@@ -310,7 +372,7 @@ def _unpack_archives(about: DataSet, data_dir: Path, T: int, any_archive: bool) 
                 f"{about.recordings or 'class folders'}; use the official ones"
             )
         begun.unlink(missing_ok=True)
-        _name_if(True, folder, data_dir / "extract")
+        _name_if(True, folder, extract)
 
 
 # Recordings to events -------------------------------------------------------------------------------------------------

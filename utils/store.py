@@ -115,13 +115,16 @@ def _open(path: Path) -> Store | None:
         with path.open("rb") as file:
             head = file.read(_TABLE_AT)
             header = head[len(_MAGIC) : len(_MAGIC) + _HEADER]
-            described: dict[str, Any] = json.loads(header) if head.startswith(_MAGIC) else {}
-            dtype = np.dtype(described.pop("dtype", None))
-            contents = Contents(**described)
-            table = file.read(12 * contents.count + 8)
-    except (OSError, ValueError, TypeError):
-        return None
-    if hashlib.sha256(header + table).digest() != head[-hashlib.sha256().digest_size :]:
+            described: Any = json.loads(header) if head.startswith(_MAGIC) else None
+            count = described.get("count") if isinstance(described, dict) else None
+            if not isinstance(count, int) or not 0 <= 12 * count + 8 <= size - _TABLE_AT:
+                return None
+            table = file.read(12 * count + 8)
+        if hashlib.sha256(header + table).digest() != head[-hashlib.sha256().digest_size :]:
+            return None
+        dtype = np.dtype(str(described.pop("dtype")))
+        contents = Contents(**described)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     offsets = np.frombuffer(table, "<u8", contents.count + 1)
     checksums = np.frombuffer(table, "<u4", offset=offsets.nbytes)
