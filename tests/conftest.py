@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -77,11 +78,14 @@ def script(monkeypatch, capsys):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             exit_with_sentence(module.main)
             code = 0
         except SystemExit as stop:
             code = stop.code
+        finally:  # a run that failed leaves SIGTERM ignored, and so would the children of this process
+            signal.signal(signal.SIGTERM, handler)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

@@ -1,19 +1,33 @@
 """Joining the processes of a run, reproducible arithmetic, and telling a lost process from a mistake."""
 
+import os
+import signal
+import sys
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.conftest import SMALL, rows
+from tools import _forked
 from utils.distributed import start
 from utils.errors import ProcessLost, UserError
 
 
 @pytest.fixture
-def joined(monkeypatch):
-    """The environment of the second of two processes, without a process group behind it."""
+def second(monkeypatch):
+    """The environment of the second of two processes, which nobody answers."""
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("utils.distributed._join", lambda *_: None)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def joined(second, monkeypatch):
+    """As ``second``, and as if it were joined with the first, which is gone."""
+    monkeypatch.setattr("utils.distributed._join", lambda *_: torch.distributed.HashStore())
     monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
 
 
@@ -31,9 +45,7 @@ def test_a_failed_exchange_is_a_lost_process_and_nothing_else_is(error, is_loss,
         raise error
 
 
-def test_processes_that_do_not_find_each_other_are_one_sentence(monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
+def test_processes_that_do_not_find_each_other_are_one_sentence(second):
     with pytest.raises(UserError, match=r"the 2 processes do not find each other at 127\.0\.0\.1:1 within 1 s"):
         start("cpu", None, 1.0).__enter__()
 
@@ -62,3 +74,51 @@ def test_a_deterministic_run_comes_out_the_same_twice(name, script, gesture_data
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+# One message ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_of_two(gesture_data, tmp_path, capfd):
+    """Two processes of a script; ``run_of_two(change)`` gives their exit codes and all that they print."""
+    options = ["-T", 4, "--width", "0.125", "--frame-size", 32, "--device", "cpu", "--num-workers", 0, "-b", 4]
+    options += ["--data-dir", gesture_data, "--output-dir", tmp_path / "run", "--epochs", 999, "--timeout", 4]
+
+    def run(change):
+        with capfd.disabled():  # the processes write into files
+            process = _forked.start("vgg8_dvs128_SMA.py", options, tmp_path / "texts", 2, change)
+        ended = process.wait(20)
+        process.end()
+        assert ended, (process.codes, process.text())
+        return process.codes, process.text()
+
+    return run
+
+
+def append_in(ranks, *words):
+    if os.environ["RANK"] in ranks:
+        sys.argv += words
+
+
+@pytest.fixture(params=[True, False], ids=["torchrun's store", "the first process's store"])
+def store(request):
+    """What sets the environment of the launcher, or nothing."""
+    if not request.param:
+        yield lambda: None
+        return
+    kept = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    yield lambda: os.environ.update(MASTER_PORT=str(kept.port), TORCHELASTIC_USE_AGENT_STORE="True")
+
+
+@pytest.mark.parametrize("ranks", ["0", "1", "01"])
+def test_a_mistake_that_one_process_or_all_meet_is_told_once(ranks, store, run_of_two):
+    codes, text = run_of_two(lambda: (store(), append_in(ranks, "--data-dir", "nowhere")))
+    assert codes == [2 if str(rank) in ranks else 3 for rank in range(2)], text
+    assert text.count("error:") == 1 and "is not in --data-dir nowhere" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("ranks", ["1", "01"])
+def test_a_mistake_before_the_processes_are_joined_is_told_once(ranks, store, run_of_two):
+    codes, text = run_of_two(lambda: (store(), append_in(ranks, "--weights", "nothing.pth")))
+    assert codes == [2, 2] and text.count("error:") == 1 and "Traceback" not in text, text

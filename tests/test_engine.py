@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models import SMA, VGG8
 from models.neurons import reset_net
 from utils.distributed import broadcast_buffers
-from utils.engine import evaluate, train_one_epoch
+from utils.engine import Progress, evaluate, train_one_epoch
 from utils.errors import UserError
 from utils.losses import mse_of_mean, tet
 
@@ -169,15 +169,35 @@ def test_no_more_steps_are_left_out_than_the_limit():
     assert "every step had to be left out" in message
 
 
-def test_a_streak_of_steps_skipped_by_the_scaler_stops():
+@pytest.mark.parametrize("scale", [65536.0, 0.0])
+def test_a_streak_of_steps_skipped_by_the_scaler_stops_whatever_the_length_of_an_epoch(scale):
     net = small()
     net.block1[0][0].weight.register_hook(lambda grad: grad * math.inf)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     before = [p.detach().clone() for p in net.parameters()]
-    scaler = torch.amp.GradScaler("cpu", enabled=True)
-    with pytest.raises(UserError, match=r"step 25, .* fp16 gradients were not finite in 25 steps in a row"):
-        train_one_epoch(net, batches(*samples(60), 2), mse_of_mean, optimizer, scaler, CPU)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=True)
+    progress, data = Progress(CPU), batches(*samples(20), 2)
+
+    def epoch(number):
+        return train_one_epoch(net, data, mse_of_mean, optimizer, scaler, CPU, epoch=number, progress=progress)
+
+    assert [epoch(1)["skips"], progress.reset(), epoch(2)["skips"]] == [10, None, 10]
+    saved = progress.state_dict()
+    progress = Progress(CPU)
+    progress.load_state_dict(saved)
+    progress.reset()
+    with pytest.raises(UserError, match=r"epoch 3, step 5, .* fp16 gradients were not finite in 25 steps in a row"):
+        epoch(3)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+
+
+def test_one_step_skipped_by_the_scaler_is_counted_and_ends_no_training():
+    net, calls = small(), []
+    net.block1[0][0].weight.register_hook(lambda grad: calls.append(1) or grad * (math.inf if len(calls) == 2 else 1.0))
+    optimizer, progress = torch.optim.SGD(net.parameters(), lr=0.1), Progress(CPU)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, enabled=True)
+    result = train_one_epoch(net, batches(*samples(8), 2), mse_of_mean, optimizer, scaler, CPU, progress=progress)
+    assert (result["skips"], progress.streak) == (1, 0)
 
 
 def test_the_gradients_of_the_parts_add_up_to_those_of_the_batch():

@@ -141,7 +141,7 @@ def test_a_launcher_that_starts_the_processes_anew_ends_with_the_same_run(whole_
     assert rows(tmp_path) == rows(whole)
 
 
-def test_a_real_sigterm_ends_a_run_within_seconds(gesture_data, tmp_path):
+def test_a_real_sigterm_to_a_run_and_its_loader_processes_ends_it_within_seconds(gesture_data, tmp_path):
     command = [SCRIPTS["dvs128"], *SMALL, "--data-dir", gesture_data, "--epochs", 500, "--output-dir", tmp_path]
     process = subprocess.Popen(
         list(map(str, [sys.executable, *command, "--num-workers", 2])),
@@ -150,15 +150,31 @@ def test_a_real_sigterm_ends_a_run_within_seconds(gesture_data, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     while not (tmp_path / "last.pt").exists() and process.poll() is None:
         time.sleep(0.05)
     began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     assert time.monotonic() - began < 20  # a step takes milliseconds; the rest is a loaded machine
     assert "stopped by SIGTERM" in err and "Traceback" not in err
+
+
+LEAVES = """
+from torch.utils.data import DataLoader
+from utils.preempt import in_worker, starting_workers
+with starting_workers():
+    batches = iter(DataLoader(list(range(99)), num_workers=2, worker_init_fn=in_worker))
+next(batches)
+raise MemoryError
+"""
+
+
+def test_loader_processes_end_with_a_main_process_that_fails():
+    done = run(["-c", LEAVES])
+    assert done.returncode == 1 and done.stderr.strip().endswith("MemoryError")
 
 
 def test_the_signal_is_seen_after_the_step_and_the_handlers_go_back():
@@ -171,6 +187,16 @@ def test_the_signal_is_seen_after_the_step_and_the_handlers_go_back():
             seen.append(batch)
     assert seen == [1, 2] and caught.value.number == signal.SIGTERM
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_run_that_fails_is_not_ended_by_sigterm_before_it_says_why():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(ZeroDivisionError), StopSignal(CPU):
+            raise ZeroDivisionError
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_second_ctrl_c_interrupts_at_once():

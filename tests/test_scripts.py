@@ -216,12 +216,12 @@ def test_a_run_of_another_recipe_is_not_written_over(script, gesture_data, tmp_p
 
 def test_a_full_disk_is_one_sentence(script, gesture_data, tmp_path, monkeypatch):
     def full(self, *_, **__):
-        raise OSError(28, "No space left on device", "metrics.csv")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("utils.logger.RunLog.epoch", full)
+    monkeypatch.setattr("utils.logger.RunLog._write_epoch", full)
     code, _, err = script("dvs128", *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path, "--epochs", 1)
     assert code == 2 and "Traceback" not in err
-    assert "No space left on device: 'metrics.csv'; make room or choose another folder" in err
+    assert f"the log in --output-dir {tmp_path} cannot be written: No space left on device; make room" in err
 
 
 def test_a_damaged_frame_file_is_named_by_a_loader_process(script, gesture_data, tmp_path):

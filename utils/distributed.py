@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from utils.errors import ProcessLost, UserError
+from utils.telling import is_first_to_tell, launcher_keeps_store, meeting_place, wait_until_told
 
 __all__ = ["Process", "broadcast_buffers", "gather", "largest_over_processes", "start", "sum_over_processes"]
 
@@ -61,15 +62,20 @@ def start(
     with _reproducible(chosen) if deterministic else nullcontext():
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-        if joined:
-            _join("nccl" if chosen.type == "cuda" else "gloo", timeout)
+        store = _join("nccl" if chosen.type == "cuda" else "gloo", timeout) if joined else None
+        to_ask = 0  # processes that ask this one, which has the store, who tells why the run ends
         try:
             yield Process(rank, local_rank, world_size, chosen)
         except BaseException as error:
-            if not joined or world_size == 1:
+            if store is None or world_size == 1:
                 raise
-            told = _told_already(rank)
-            if not _is_loss(error):
+            lost = _is_loss(error)
+            # Of a lost first process its store is gone, too, and the second one may be all that is left.
+            told = not is_first_to_tell(store, last=1 if lost else 0)
+            if rank == 0 and not launcher_keeps_store():
+                to_ask = world_size - lost
+            if not lost:
+                error.told = told
                 raise
             # The group is left as it is: taking it down would wait for the one that is gone.
             joined = False
@@ -77,6 +83,8 @@ def start(
         finally:
             if joined:
                 dist.destroy_process_group()
+            if to_ask:
+                wait_until_told(store, to_ask)
 
 
 @contextmanager
@@ -90,43 +98,27 @@ def _reproducible(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def _join(backend: str, timeout: float) -> None:
-    wait = timedelta(seconds=timeout)
+def _join(backend: str, timeout: float) -> dist.Store:
+    store = None
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
-        store.set_timeout(wait)
-        # A launcher that starts the processes anew (--max-restarts) keeps its store: addresses of the dead ones in it
-        # must not be met again.
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store, rank, world_size = meeting_place(timeout)
+        wait = timedelta(seconds=timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
         reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
+        problem = UserError(
             f"the {os.environ['WORLD_SIZE']} processes do not find each other at {address} within {timeout:g} s "
             f"({reason}); start all of them, with a --master_port that is free"
-        ) from error
+        )
+        problem.told = not is_first_to_tell(store, last=0 if store else 1)
+        raise problem from error
+    return store
 
 
 def _is_loss(error: BaseException) -> bool:
     """Whether an exchange between the processes failed; gloo has no type of its own for it."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
-
-
-def _told_already(rank: int) -> bool:
-    """Whether another process tells why the run ends. The first one that asks tells.
-
-    Only the launcher's store outlives every process of the run. Without it the first process tells, and the second,
-    which may be all that is left.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            store.set_timeout(timedelta(seconds=5))
-            return store.add("run ends", 1) > 1
-        except RuntimeError:  # the launcher is gone too
-            pass
-    return rank > 1
 
 
 def _environment_number(name: str, default: int) -> int:

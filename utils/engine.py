@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -39,25 +39,33 @@ class Progress:
     """How far an epoch has come: steps done and left out, and loss, correct predictions and samples of this process.
 
     The sums stay on the device: no wait for it in every step.
+
+    Attributes:
+        skips: steps of the epoch that the fp16 scaler skipped.
+        streak: such steps in a row up to now, in earlier epochs, too.
     """
+
+    _COUNTS = ("step", "count", "left_out", "skips", "streak")
 
     def __init__(self, device: torch.device, top: int = 1):
         self.device, self.top = device, top
+        self.streak = 0
         self.reset()
 
     def reset(self) -> None:
         """Start an epoch."""
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.step = self.count = self.left_out = 0
+        self.step = self.count = self.left_out = self.skips = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"step": self.step, "count": self.count, "left_out": self.left_out, "sums": self.sums.cpu()}
+        return {"sums": self.sums.cpu(), **{name: getattr(self, name) for name in self._COUNTS}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
-        self.step, self.count, self.left_out = state["step"], state["count"], state["left_out"]
         self.sums = state["sums"].to(self.device)
+        for name in self._COUNTS:
+            setattr(self, name, state.get(name, 0))  # older checkpoints have no skips and streak
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: its mean loss, logits ``[T, B, K]`` or ``[B, K]`` and labels ``[B]``."""
@@ -108,7 +116,7 @@ def train_one_epoch(
 
     Returns:
         ``loss`` (mean over samples), ``acc1`` (percent), ``correct`` and ``count`` over all processes, and
-        ``left_out``, the number of steps.
+        ``left_out`` and ``skips`` (by the fp16 scaler), numbers of steps.
 
     Raises:
         UserError: the loss, a gradient or a running statistic is not finite (told before the optimiser's step), or the
@@ -118,7 +126,6 @@ def train_one_epoch(
     net.train()
     reset_net(net)  # whatever an interrupted batch left behind
     progress = progress or Progress(device)
-    skipped = 0  # by the scaler, steps in a row
     statistics = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
     for samples, labels in batches:
         optimizer.zero_grad(set_to_none=True)
@@ -152,15 +159,17 @@ def train_one_epoch(
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-        skipped = skipped + 1 if scaler.get_scale() < scale else 0
-        if skipped == _MOST_SKIPPED:
-            raise UserError(f"{where}: fp16 gradients were not finite in {skipped} steps in a row; {_REMEDY}")
+        skipped = scaler.get_scale() < scale or scale == 0.0  # where it is 0 it cannot fall, and no step is taken
+        progress.skips += skipped
+        progress.streak = progress.streak + 1 if skipped else 0
+        if progress.streak >= _MOST_SKIPPED:
+            raise UserError(f"{where}: fp16 gradients were not finite in {progress.streak} steps in a row; {_REMEDY}")
         progress.step += 1
     if not progress.count:
         raise UserError(f"training diverged in epoch {epoch}: every step had to be left out; check the data, {_REMEDY}")
     if largest_over_processes(not all(value.isfinite().all() for value in net.state_dict().values()), device):
         raise UserError(f"training diverged in epoch {epoch}: a weight is not finite; {_REMEDY}")
-    return progress.result() | {"left_out": progress.left_out}
+    return progress.result() | {"left_out": progress.left_out, "skips": progress.skips}
 
 
 @torch.inference_mode()

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from utils.telling import is_first_to_tell
+
 __all__ = [
     "DataError",
     "ProcessLost",
@@ -31,12 +33,17 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 class UserError(Exception):
     """Something the user can put right. The message names what was given, what is allowed and what to do.
 
-    All processes of a run meet it alike, so only the first one prints it.
+    All processes of a run may meet it, or one alone: the first one that does prints it.
+
+    Attributes:
+        told: another process prints it, or why it ended before this one; None where that is not known yet.
     """
+
+    told: bool | None = None
 
 
 class DataError(UserError):
-    """A file that cannot be used. Only the process that reads it meets it, so that one prints it."""
+    """A file that cannot be used; the message names it."""
 
 
 class StopRequested(Exception):  # noqa: N818 - nothing went wrong
@@ -71,7 +78,8 @@ class SentenceParser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **keywords)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message} (all arguments: --help)\n")
+        told = not is_first_to_tell()
+        self.exit(EXIT_USER_ERROR, None if told else f"{self.prog}: error: {message} (all arguments: --help)\n")
 
 
 @contextmanager
@@ -96,7 +104,7 @@ def exit_with_sentence(main: Callable[[], None], interrupted: str = _CONTINUES) 
     try:
         main()
     except UserError as error:
-        if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":
+        if not _is_told(error):
             print(f"{program}: error: {_sentence(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
     except ProcessLost as lost:
@@ -111,7 +119,8 @@ def exit_with_sentence(main: Callable[[], None], interrupted: str = _CONTINUES) 
     except OSError as error:
         if error.errno not in _NOT_WRITABLE:
             raise
-        print(f"{program}: error: {error}; make room or choose another folder", file=sys.stderr, flush=True)
+        if not _is_told(error):
+            print(f"{program}: error: {error}; make room or choose another folder", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
     except StopRequested as stop:
         if os.environ.get("RANK", "0") == "0":
@@ -126,6 +135,12 @@ def exit_with_sentence(main: Callable[[], None], interrupted: str = _CONTINUES) 
         if os.environ.get("RANK", "0") == "0":
             print(f"\n{program}: interrupted; {interrupted}", file=sys.stderr, flush=True)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _is_told(error: Exception) -> bool:
+    """Whether another process of the run says why it ends."""
+    told = getattr(error, "told", None)  # known where the processes were joined
+    return not is_first_to_tell() if told is None else told
 
 
 def _sentence(error: UserError) -> str:

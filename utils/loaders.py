@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from utils.distributed import Process
 from utils.errors import UserError
-from utils.preempt import in_worker
+from utils.preempt import in_worker, starting_workers
 
 __all__ = ["Data", "make_loaders", "sample_seed", "set_epoch"]
 
@@ -49,6 +49,14 @@ class _Shuffled(DistributedSampler):
         return super().__len__() - self.start
 
 
+class _Loader(DataLoader):
+    """A loader whose processes survive a SIGTERM to all processes of the run."""
+
+    def __iter__(self) -> Iterator:
+        with starting_workers():
+            return super().__iter__()
+
+
 def make_loaders(
     data: Data,
     batch_size: int,
@@ -78,7 +86,7 @@ def make_loaders(
     }
     # Starting to iterate draws a number: in an evaluation not from the generator that training goes on with.
     own = torch.Generator()
-    test_batches = DataLoader(data.test, sampler=_Shard(len(data.test), process), generator=own, **common)
+    test_batches = _Loader(data.test, sampler=_Shard(len(data.test), process), generator=own, **common)
     if data.train is None:
         return None, test_batches
     needed = batch_size * process.world_size
@@ -88,7 +96,7 @@ def make_loaders(
             f"process(es)) and there are {len(data.train)}; use a smaller one"
         )
     sampler = _Shuffled(data.train, process.world_size, process.rank, seed=seed, drop_last=True)
-    return DataLoader(data.train, sampler=sampler, drop_last=True, **common), test_batches
+    return _Loader(data.train, sampler=sampler, drop_last=True, **common), test_batches
 
 
 def set_epoch(loader: DataLoader, epoch: int, step: int = 0) -> None:

@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from utils.args import plain, words
 from utils.azo_record import AZORecord
-from utils.distributed import Process
+from utils.distributed import Process, gather
 from utils.errors import UserError
 from utils.files import write_text
 from utils.versions import versions
@@ -62,17 +63,23 @@ class RunLog:
 
         Args:
             split: the text of the split's file.
+
+        Raises:
+            UserError: the directory cannot be written to; raised in all processes.
         """
-        if not self.process.is_first:
-            return
+        with self._writing():
+            if self.process.is_first:
+                self._open(args, facts, epochs_done, split)
+
+    def _open(self, args: dict[str, Any], facts: dict[str, Any], epochs_done: int, split: str | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not for --help and evaluation
 
         self.directory.mkdir(parents=True, exist_ok=True)
         metrics = self.directory / "metrics.csv"
         beside = metrics.with_name(".metrics.csv.partial")  # a kill leaves the old file or the new one
-        rows = self._rows(metrics)[:epochs_done]
+        rows = {epoch: row for epoch, row in self._rows(metrics) if epoch <= epochs_done}  # each epoch once
         with beside.open("w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
+            csv.writer(file).writerows([COLUMNS, *rows.values()])
         os.replace(beside, metrics)
         if self.azo is not None:
             self.azo.start(self.directory, epochs_done)
@@ -90,9 +97,29 @@ class RunLog:
     def epoch(
         self, epoch: int, epochs: int, train: dict[str, float], test: dict[str, float], lr: float, seconds: float
     ) -> None:
-        """Report an epoch (numbered from 1): a line, a row of ``metrics.csv``, TensorBoard."""
+        """Report an epoch (numbered from 1): a line, a row of ``metrics.csv``, TensorBoard.
+
+        Raises:
+            UserError: the directory cannot be written to; raised in all processes.
+        """
+        with self._writing():
+            if self.process.is_first:
+                self._write_epoch(epoch, train, test, lr, seconds)
         if not self.process.is_first:
             return
+        top5 = f" top-5 {test['acc5']:.2f} %" if "acc5" in test else ""
+        left_out = f"  {train['left_out']} step(s) left out (--on-nan)" if train["left_out"] else ""
+        left_out += f"  {train['skips']} step(s) skipped by the fp16 scaler" if train["skips"] else ""
+        print(
+            f"epoch {epoch}/{epochs}  train loss {train['loss']:.4f} acc {train['acc1']:.2f} %  "
+            f"test loss {test['loss']:.4f} acc {test['acc1']:.2f} % ({test['correct']}/{test['count']}){top5}  "
+            f"lr {lr:.3g}  {seconds:.1f} s{left_out}{_of_split(self._split)}",
+            flush=True,
+        )
+
+    def _write_epoch(
+        self, epoch: int, train: dict[str, float], test: dict[str, float], lr: float, seconds: float
+    ) -> None:
         values = (train["loss"], train["acc1"], test["loss"], test["acc1"], lr, seconds)
         with (self.directory / "metrics.csv").open("a", newline="") as file:
             csv.writer(file).writerow([epoch, *(f"{value:.10g}" for value in values)])
@@ -103,14 +130,20 @@ class RunLog:
         if "acc5" in test:
             self._tensorboard.add_scalar("test_acc5", test["acc5"], epoch)
         self._tensorboard.flush()
-        top5 = f" top-5 {test['acc5']:.2f} %" if "acc5" in test else ""
-        left_out = f"  {train['left_out']} step(s) left out (--on-nan)" if train["left_out"] else ""
-        print(
-            f"epoch {epoch}/{epochs}  train loss {train['loss']:.4f} acc {train['acc1']:.2f} %  "
-            f"test loss {test['loss']:.4f} acc {test['acc1']:.2f} % ({test['correct']}/{test['count']}){top5}  "
-            f"lr {lr:.3g}  {seconds:.1f} s{left_out}{_of_split(self._split)}",
-            flush=True,
-        )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Where the first process cannot write, all processes stop with one message."""
+        problem = None
+        try:
+            yield
+        except OSError as error:
+            problem = (
+                f"the log in --output-dir {self.directory} cannot be written: {error.strerror or error}; make room, "
+                "and the same command continues after the last saved epoch, or choose another --output-dir"
+            )
+        if problem := gather(problem)[0]:
+            raise UserError(problem)
 
     def finish(self, final: dict[str, float], best: dict[str, float], facts: dict[str, Any]) -> None:
         """Report the final epoch, and which epoch was best, and say which is which."""
@@ -126,11 +159,12 @@ class RunLog:
         print(f"{time.monotonic() - self._began:.1f} s; everything is in {self.directory}", flush=True)
 
     @staticmethod
-    def _rows(path: Path) -> list[list[str]]:
+    def _rows(path: Path) -> list[tuple[int, list[str]]]:
+        """The whole rows of a file, with their epochs."""
         if not path.exists():
             return []
         with path.open(newline="") as file:
-            return [row for row in csv.reader(file) if len(row) == len(COLUMNS)][1:]
+            return [(int(row[0]), row) for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdecimal()]
 
 
 def progress_bar(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from threading import Thread
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -12,11 +16,12 @@ import torch
 from utils.distributed import largest_over_processes
 from utils.errors import StopRequested
 
-__all__ = ["StopSignal", "in_worker"]
+__all__ = ["StopSignal", "in_worker", "starting_workers"]
 
 T = TypeVar("T")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_CAN_LISTEN = hasattr(signal, "sigwaitinfo")  # not on macOS
 
 
 class StopSignal:
@@ -39,9 +44,11 @@ class StopSignal:
         self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if error is not None:  # the run ends, and says why: a launcher's SIGTERM must not come first
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
@@ -68,7 +75,32 @@ class StopSignal:
                 raise StopRequested(received)
 
 
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Loader processes that are started meanwhile are born deaf to SIGTERM; :func:`in_worker` gives them an ear."""
+    if not _CAN_LISTEN:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def in_worker(_: int) -> None:
-    """In a loader process: leave stopping to the main process, and die when it says so."""
+    """In a loader process: leave stopping to the main process, and end when it says so.
+
+    A cluster sends SIGTERM to all processes at once, and the main process still needs this one's batches. It sends
+    SIGTERM itself when it leaves and does not want them: ignoring that would keep it waiting.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if _CAN_LISTEN:
+        Thread(target=_end_with_main_process, daemon=True).start()
+
+
+def _end_with_main_process() -> None:
+    main = multiprocessing.parent_process()
+    while main is not None and signal.sigwaitinfo({signal.SIGTERM}).si_pid != main.pid:
+        pass
+    os._exit(0)
