@@ -119,7 +119,7 @@ def main() -> None:
         parts |= {"trained": net if args.ema else None}
         progress = Progress(process.device)
         checkpoints = Checkpoints(
-            args.output_dir, recipe_of(args), process, evaluated, progress, args.keep_every, **parts
+            args.output_dir, recipe_of(args, data.fingerprint), process, evaluated, progress, args.keep_every, **parts
         )
         done = checkpoints.resume(args.resume)
         log.open(vars(args), facts, done)

@@ -1,8 +1,8 @@
 """Reading weights from anywhere, safely; saving whole files; continuing a run."""
 
 import pickle
-import random
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +10,12 @@ from torch import nn
 
 import utils.checkpoint
 from models import VGG8, sma_vgg8_ncaltech101
+from tools.reliability import damages
 from utils.checkpoint import Checkpoints, describe_vgg8, load_weights, read_weights
 from utils.distributed import Process
 from utils.engine import Progress
 from utils.errors import UserError
+from utils.files import write_checked
 
 ALONE = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -222,18 +224,6 @@ def test_every_n_th_checkpoint_is_kept(tmp_path):
     assert kept == {"last.pt": 5, "best.pt": 5, "previous.pt": 4, "epoch_0002.pt": 2, "epoch_0004.pt": 4}
 
 
-def damages(whole):
-    """33 ways in which a file comes to grief."""
-    rng = random.Random(0)
-    for _ in range(10):
-        yield whole[: rng.randrange(1, len(whole))]
-    for place in [len(whole) - 70, len(whole) - 72, *(rng.randrange(len(whole)) for _ in range(18))]:
-        yield whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :]
-    yield bytes(len(whole))
-    yield b""
-    yield b"<!DOCTYPE html><html>quota exceeded</html>"
-
-
 def test_a_damaged_last_checkpoint_is_told_and_the_previous_one_continues(tmp_path, capsys):
     checkpoints, net, optimizer = make(tmp_path)
     expected = []
@@ -343,9 +333,101 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
     checkpoints.save(1, 10.0)
     before = (tmp_path / "last.pt").read_bytes()
     net.weight.data[0, 0] = float("nan")
-    with pytest.raises(UserError, match=r"last\.pt stays as it was: a weight or running statistic is not finite"):
+    with pytest.raises(UserError, match=r"last\.pt stays as it was: .* is not finite"):
         checkpoints.save(2, 20.0)
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_an_optimiser_that_is_not_finite_is_never_saved(tmp_path):
+    checkpoints, net, optimizer = make(tmp_path)
+    step(net, optimizer)
+    checkpoints.save(1, 10.0)
+    before = (tmp_path / "last.pt").read_bytes()
+    optimizer.state[net.bias]["exp_avg_sq"][0] = float("inf")
+    with pytest.raises(UserError, match="or the optimiser is not finite"):
+        checkpoints.save(2, 20.0)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def everything(checkpoints, net, optimizer):
+    values = [*net.state_dict().values(), torch.get_rng_state()]
+    values += [value for state in optimizer.state.values() for value in state.values()]
+    return [value.clone() for value in values], checkpoints.progress.step, checkpoints.best
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("optimizer", lambda state: {}),
+        ("optimizer", lambda state: {**state, "param_groups": []}),
+        ("processes", lambda state: []),
+        ("processes", lambda state: [{"progress": state[0]["progress"]}]),
+        ("processes", lambda state: [{**state[0], "rng": {"cpu": torch.zeros(3, dtype=torch.uint8)}}]),
+        ("best", lambda state: {}),
+        ("model", lambda state: {**state, "weight": torch.zeros(3, 3)}),
+    ],
+    ids=["no optimiser", "groups", "no process", "no random state", "random state", "best", "weights"],
+)
+def test_a_checkpoint_of_which_a_part_does_not_fit_changes_nothing(tmp_path, name, spoil):
+    """Its checksum is right: it comes from another program, or a later version of this one."""
+    checkpoints, net, optimizer = make(tmp_path)
+    step(net, optimizer)
+    checkpoints.save(1, 10.0)
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    other = tmp_path / "other.pt"
+    write_checked({**content, name: spoil(content[name])}, other)
+    checkpoints, net, optimizer = make(tmp_path, seed=9)
+    step(net, optimizer)
+    before = everything(checkpoints, net, optimizer)
+    with pytest.raises(UserError, match=r"other\.pt"):
+        checkpoints.resume(str(other))
+    after = everything(checkpoints, net, optimizer)
+    assert all(map(torch.equal, before[0], after[0])) and before[1:] == after[1:]
+
+
+def test_processes_that_find_different_checkpoints_do_not_start(tmp_path, monkeypatch):
+    """Several machines without a shared folder: the second process finds nothing."""
+    make(tmp_path)[0].save(1, 10.0)
+    monkeypatch.setattr(utils.checkpoint, "gather", lambda value: [value, None])
+    with pytest.raises(UserError, match=r"different checkpoints .* \(epoch 1, step 0; none\); give all of them one"):
+        make(tmp_path)[0].resume("auto")
+
+
+def test_another_number_of_processes_is_told(tmp_path, capsys):
+    make(tmp_path)[0].save(1, 10.0)
+    checkpoints, _, _ = make(tmp_path)
+    checkpoints.process = Process(0, 0, 2, ALONE.device)
+    assert checkpoints.resume("auto") == 1
+    assert "had 1 process(es) and has 2 now" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_read_is_left_for_the_previous_one(tmp_path, monkeypatch, capsys):
+    checkpoints, _, _ = make(tmp_path)
+    checkpoints.save(1, 10.0)
+    checkpoints.save(2, 5.0)
+
+    def broken_disk(path, *arguments, before=Path.open, **keywords):
+        if path.name == "last.pt":
+            raise OSError(5, "Input/output error")
+        return before(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "open", broken_disk)
+    assert make(tmp_path)[0].resume("auto") == 1
+    assert "last.pt cannot be read: Input/output error; continuing from" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_back_leaves_later_checkpoints_behind(tmp_path):
+    _, net, optimizer = make(tmp_path)
+    first = Checkpoints(tmp_path, {}, ALONE, net, Progress(ALONE.device), keep_every=1, optimizer=optimizer)
+    for epoch in (1, 2, 3):
+        first.save(epoch, 10.0 * epoch)
+    again = Checkpoints(tmp_path, {}, ALONE, net, Progress(ALONE.device), optimizer=optimizer)
+    assert again.resume(str(tmp_path / "epoch_0001.pt")) == 1
+    assert again.best == {"acc1": 10.0, "epoch": 1}
+    kept = {p.name: torch.load(p, weights_only=True)["epoch"] for p in tmp_path.glob("*.pt")}
+    assert {name for name in kept if "abandoned" not in name} == {"epoch_0001.pt", "best.pt"} and kept["best.pt"] == 1
+    assert kept["abandoned_last.pt"] == kept["abandoned_best.pt"] == 3 and kept["abandoned_epoch_0002.pt"] == 2
+    assert Checkpoints(tmp_path, {}, ALONE, net, Progress(ALONE.device), optimizer=optimizer).resume("auto") == 1
 
 
 def test_going_back_to_an_older_checkpoint_makes_it_the_previous_one(tmp_path):

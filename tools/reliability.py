@@ -105,8 +105,7 @@ def saves(work: Path, data: Path, quick: bool) -> Found:
     for _ in range(count):
         saved.unlink(missing_ok=True)
         run = launch(save_for_ever, work)
-        while not saved.exists() and not run.wait(0.01):
-            pass
+        _until_exists(saved, run)
         run.wait(rng.uniform(0.0, 0.5))
         run.end()
         epoch = in_child(lambda: _epoch_of(folder / "last.pt"))
@@ -182,8 +181,7 @@ def stop(work: Path, data: Path, quick: bool) -> Found:
     for _ in range(count):
         first.unlink(missing_ok=True)
         run = start(script, options, work, prelude=lambda: _on_step(lambda _: first.touch()))
-        while not first.exists() and not run.wait(0.02):
-            pass
+        _until_exists(first, run)
         run.wait(rng.uniform(0.0, 1.0 if quick else 3.0))
         began = time.monotonic()
         run.send(signal.SIGTERM)
@@ -275,8 +273,7 @@ def lost(work: Path, data: Path, quick: bool) -> Found:
         folder = work / f"{number.name}_{rank}"
         options = [*small.options, "--epochs", 999, "--timeout", TIMEOUT, "--output-dir", folder]
         run = start(small.script, options, folder, 2)
-        while not (folder / "last.pt").exists() and not run.wait(0.02):
-            pass
+        _until_exists(folder / "last.pt", run)
         began, other = time.monotonic(), 1 - rank
         run.send(number, rank)
         while run.codes[other] is None and time.monotonic() - began < 60:
@@ -465,13 +462,22 @@ def _finish(run: Run) -> None:
         raise RuntimeError(f"a run that should succeed ended with {run.codes}: {run.text()[-2000:]}")
 
 
+def _until_exists(path: Path, run: Run, most: float = 120.0) -> None:
+    """Wait until a run has made a file, or has ended; ``most`` seconds."""
+    end = time.monotonic() + most
+    while not path.exists() and not run.wait(0.02):
+        if time.monotonic() > end:
+            run.end()
+            raise RuntimeError(f"a run did not come as far as {path.name} in {most:g} s: {run.text()[-2000:]}")
+
+
 def _epoch_of(path: Path) -> int | None:
     """The epochs done of a whole checkpoint; None where it is damaged or missing."""
     try:
-        state, verified = read_checked(path)
+        state, checksum = read_checked(path)
     except UserError:
         return None
-    return state["epoch"] if verified else None
+    return state["epoch"] if checksum else None
 
 
 def _is_finite(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import sys
@@ -226,15 +227,18 @@ class Checkpoints:
             return 0
         if how == "auto":
             if not existing:
+                self._agree(None)
                 return 0
-            source, state = self._newest_whole(existing)
+            source, state, checksum = self._newest_whole(existing)
         else:
             source = Path(how)
             if existing and source.resolve().parent != self.directory.resolve():
                 raise UserError(
-                    f"--resume {source} would overwrite the run in --output-dir {self.directory}; choose another one"
+                    f"--resume {source} would overwrite the run in --output-dir {self.directory}; continue that run "
+                    "with --resume auto, or choose another --output-dir"
                 )
-            state = self._read(source)
+            state, checksum = self._read(source)
+        self._agree((*_position(state), checksum))
         differing = [
             f"{key} is {state['recipe'].get(key)} there and {value} here"
             for key, value in self.recipe.items()
@@ -251,21 +255,82 @@ class Checkpoints:
                 f"the run in {source} was stopped inside epoch {state['epoch'] + 1} of {len(state['processes'])} "
                 f"process(es) and there are {self.process.world_size}; continue it with as many"
             )
+        if not same_processes and self.process.is_first:
+            print(
+                f"the run in {source} had {len(state['processes'])} process(es) and has {self.process.world_size} now: "
+                "random states start anew, and a batch per process makes another global batch",
+                file=sys.stderr,
+            )
         if state["versions"] != versions() and self.process.is_first:
             changed = [f"{name} {was}" for name, was in state["versions"].items() if versions().get(name) != was]
             print(
                 f"the run in {source} was made with {', '.join(changed)}: the last digits may differ", file=sys.stderr
             )
-        put_weights(self.net, _unwrap(state, source)[0], source)
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+        self._load(state, source, same_processes)
         self.best = state["best"]
         self._newest = source
-        if same_processes:
-            own = state["processes"][self.process.rank]
-            _set_random_state(own["rng"], self.process.device)
-            self.progress.load_state_dict(own["progress"])
+        if how != "auto" and self.process.is_first:
+            self._leave_behind_later(source, state["epoch"])
         return state["epoch"]
+
+    def _agree(self, found: tuple[int, int, str] | None) -> None:
+        """Check that all processes found the same checkpoint, or all none: each would go on from its own."""
+        founds = gather(found)
+        if any(one != founds[0] for one in founds):
+            words = ["none" if one is None else f"epoch {one[0]}, step {one[1]}" for one in founds]
+            raise UserError(
+                f"the processes find different checkpoints in --output-dir {self.directory} ({'; '.join(words)}); "
+                "give all of them one folder, on several machines a shared one"
+            )
+
+    def _load(self, state: Mapping, source: Path, same_processes: bool) -> None:
+        """Load all of a checkpoint; where a part of it does not fit, everything stays as it was."""
+        before = {name: copy.deepcopy(part.state_dict()) for name, part in self.parts.items()}
+        random_before = _random_state(self.process.device)
+        name = "processes"
+        try:
+            if same_processes:
+                own = state["processes"][self.process.rank]
+                _set_random_state(own["rng"], self.process.device)
+            for name, part in self.parts.items():
+                if before[name] and not state[name]:
+                    raise ValueError("it is empty")
+                part.load_state_dict(state[name])
+            put_weights(self.net, _unwrap(state, source)[0], source)
+        except Exception as error:  # a part raises whatever its library does on a state that is not its own
+            for loaded, part in self.parts.items():
+                part.load_state_dict(before[loaded])
+            _set_random_state(random_before, self.process.device)
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"checkpoint {source} cannot be continued: its {name} does not fit ({error}); its weights can be "
+                "loaded with --weights into another --output-dir"
+            ) from error
+        if same_processes:
+            self.progress.load_state_dict(own["progress"])
+
+    def _leave_behind_later(self, source: Path, epochs_done: int) -> None:
+        """Make ``source`` the newest checkpoint of the folder, and ``best.pt`` the best one up to it.
+
+        Later ones, of a run that goes back, are renamed: nothing takes them for checkpoints of the run that goes on.
+        """
+        epochs = {source: epochs_done}
+        for path in self._existing():
+            try:
+                epoch = self._read(path)[0]["epoch"]
+            except UserError:  # damaged: it will be told where it is needed
+                continue
+            if epoch > epochs_done:
+                os.replace(path, path.with_name(f"abandoned_{path.name}"))
+            else:
+                epochs[path] = epoch
+        of_best = next((path for path, epoch in epochs.items() if epoch == self.best["epoch"]), None)
+        if of_best is None:
+            self.best = {"acc1": -1.0, "epoch": 0}  # its weights are not there: the next epoch is the best so far
+        elif not (self.directory / "best.pt").exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _second_name(of_best, self.directory / "best.pt")
 
     @contextmanager
     def saved_on_stop(self, epoch: int) -> Iterator[None]:
@@ -293,14 +358,17 @@ class Checkpoints:
         weights = self.net.state_dict()
         own = {"rng": _random_state(self.process.device), "progress": self.progress.state_dict()}
         processes = gather(own)
-        if not gather(all(value.isfinite().all() for value in weights.values()))[0]:  # those that would be saved
-            raise UserError(f"{self.last} stays as it was: a weight or running statistic is not finite; lower --lr")
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        if not gather(_is_finite([weights, states]))[0]:  # those that would be saved
+            raise UserError(
+                f"{self.last} stays as it was: a weight, a running statistic or the optimiser is not finite; lower --lr"
+            )
         problem = None
         if self.process.is_first:
             state = {
                 "format": FORMAT,
                 "model": weights,
-                **{name: part.state_dict() for name, part in self.parts.items()},
+                **states,
                 "processes": processes,
                 "epoch": epochs_done,
                 "best": self.best,
@@ -333,8 +401,9 @@ class Checkpoints:
         ]
         return [path for path in (self.last, *others) if path.exists()]
 
-    def _read(self, path: Path) -> Mapping:
-        state, verified = read_checked(path)
+    def _read(self, path: Path) -> tuple[Mapping, str]:
+        """A checkpoint of this program, and its checksum."""
+        state, checksum = read_checked(path)
         kinds = {
             "format": int, "model": Mapping, "processes": list, "epoch": int, "best": Mapping, "recipe": Mapping,
             "versions": Mapping,
@@ -351,16 +420,17 @@ class Checkpoints:
                 "loaded with --weights into another --output-dir"
             )
         wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
-        if wrong or not verified:
+        wrong += [name for name in ("processes", "best") if name not in wrong and not _FITS[name](state[name])]
+        if wrong or not checksum:
             reason = f"its {', '.join(wrong)} is of another kind" if wrong else "it does not end with its checksum"
             raise DamagedFileError(f"file {path} is damaged: {reason}")
-        return state
+        return state, checksum
 
-    def _newest_whole(self, paths: list[Path]) -> tuple[Path, Mapping]:
+    def _newest_whole(self, paths: list[Path]) -> tuple[Path, Mapping, str]:
         whole, damaged = [], []
         for path in paths:
             try:
-                whole.append((path, self._read(path)))
+                whole.append((path, *self._read(path)))
             except DamagedFileError as error:
                 damaged.append(str(error))
             if whole and path == self.last:
@@ -370,11 +440,51 @@ class Checkpoints:
                 f"no checkpoint of the run in --output-dir {self.directory} can be read ({'; '.join(damaged)}); "
                 "choose another --output-dir"
             )
-        path, state = max(whole, key=lambda one: (one[1]["epoch"], one[1]["processes"][0]["progress"]["step"]))
+        path, state, checksum = max(whole, key=lambda one: _position(one[1]))
         if path != self.last and self.process.is_first:
             reason = "; ".join(damaged) or f"{self.last} is not there"
             print(f"{reason}; continuing from {path}, epoch {state['epoch']}", file=sys.stderr)
-        return path, state
+        return path, state, checksum
+
+
+def _position(state: Mapping) -> tuple[int, int]:
+    """Epochs done, and steps of the next one."""
+    return state["epoch"], state["processes"][0]["progress"]["step"]
+
+
+def _is_process(state: Any) -> bool:
+    return (
+        isinstance(state, Mapping)
+        and isinstance(state.get("rng"), Mapping)
+        and isinstance(state["rng"].get("cpu"), Tensor)
+        and isinstance(state.get("progress"), Mapping)
+        and isinstance(state["progress"].get("sums"), Tensor)
+        and all(isinstance(state["progress"].get(name), int) for name in ("step", "count", "left_out"))
+    )
+
+
+# What a checkpoint holds one level down.
+_FITS = {
+    "processes": lambda states: bool(states) and all(map(_is_process, states)),
+    "best": lambda best: isinstance(best.get("acc1"), float) and isinstance(best.get("epoch"), int),
+}
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether all floating-point tensors in nested containers are finite."""
+    found = [one.isfinite().all() for one in _tensors(value) if one.is_floating_point() and one.numel()]
+    by_device = {one.device: [] for one in found}
+    for one in found:
+        by_device[one.device].append(one)
+    return all(bool(torch.stack(some).all()) for some in by_device.values())  # one wait for a device
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(one)
 
 
 def _second_name(path: Path, name: Path) -> None:

@@ -91,7 +91,7 @@ def user_input() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-_CONTINUES = "every finished epoch is saved, and the same command continues after it"
+_CONTINUES = "every finished epoch is saved, and the same command continues (--resume auto)"
 
 
 def exit_with_sentence(main: Callable[[], None], interrupted: str = _CONTINUES) -> None:
@@ -111,7 +111,7 @@ def exit_with_sentence(main: Callable[[], None], interrupted: str = _CONTINUES) 
         if not lost.told:
             print(
                 f"{program}: error: another process of the run ended, or did not answer for {lost.timeout:g} s "
-                "(--timeout); every finished epoch is saved, and the same command continues after it",
+                "(--timeout); every finished epoch is saved, and the same command continues (--resume auto)",
                 file=sys.stderr,
                 flush=True,
             )
@@ -126,7 +126,7 @@ def exit_with_sentence(main: Callable[[], None], interrupted: str = _CONTINUES) 
         if os.environ.get("RANK", "0") == "0":
             name = signal.Signals(stop.number).name
             print(
-                f"\n{program}: stopped by {name}; every step is saved, and the same command continues after it",
+                f"\n{program}: stopped by {name}; every step is saved, and the same command continues (--resume auto)",
                 file=sys.stderr,
                 flush=True,
             )

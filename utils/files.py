@@ -26,7 +26,7 @@ _NO_COMMENT = struct.pack("<H", 0)
 
 
 class DamagedFileError(UserError):
-    """A file that is not what was once written."""
+    """A file that is not what was once written, or cannot be read."""
 
 
 def write_checked(content: Mapping[str, Any], path: Path) -> None:
@@ -90,15 +90,15 @@ def write_text(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def read_checked(path: str | Path) -> tuple[Mapping, bool]:
+def read_checked(path: str | Path) -> tuple[Mapping, str]:
     """Read what a file holds: tensors and plain values only; a checksum is verified where there is one.
 
     Returns:
-        The content, and whether there was a checksum (as in all files that this program writes).
+        The content, and its checksum; that is empty where there is none (all files that this program writes have one).
 
     Raises:
-        DamagedFileError: the file is cut off, changed or empty, or no file of torch at all.
-        UserError: it is missing, cannot be opened, or holds something else than a dictionary of plain values.
+        DamagedFileError: the file is cut off, changed, empty or unreadable, or no file of torch at all.
+        UserError: it is missing, or holds something else than a dictionary of plain values.
     """
     path = Path(path)
     if not path.is_file():
@@ -112,9 +112,9 @@ def read_checked(path: str | Path) -> tuple[Mapping, bool]:
                 raise DamagedFileError(
                     f"file {path} is a web page, not weights; open the link in a browser and download the file itself"
                 )
-            verified = _verify(file, path)
+            checksum = _verify(file, path)
     except OSError as error:
-        raise UserError(f"file {path} cannot be read: {error.strerror or error}") from error
+        raise DamagedFileError(f"file {path} cannot be read: {error.strerror or error}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types on a damaged file
@@ -126,20 +126,21 @@ def read_checked(path: str | Path) -> tuple[Mapping, bool]:
         raise DamagedFileError(f"file {path} is damaged or is no weights file; download or copy it again") from error
     if not isinstance(content, Mapping):
         raise UserError(f"file {path} holds a {type(content).__name__} and no state dict")
-    return content, verified
+    return content, checksum
 
 
-def _verify(file: BinaryIO, path: Path) -> bool:
-    """Whether the file has a checksum; DamagedFileError where it has that of another content."""
+def _verify(file: BinaryIO, path: Path) -> str:
+    """The checksum that the file has, or nothing; DamagedFileError where it is that of another content."""
     start = struct.pack("<H", _COMMENT) + _MARK
     length = file.seek(0, os.SEEK_END) - len(_NO_COMMENT) - _COMMENT
     file.seek(max(0, length))
     stored = file.read()
     if length < 0 or not stored.startswith(start):
-        return False
-    if stored.removeprefix(start) != _checksum(file, length).encode():
+        return ""
+    checksum = _checksum(file, length)
+    if stored.removeprefix(start) != checksum.encode():
         raise DamagedFileError(f"file {path} is damaged: its checksum is another; download or copy it again")
-    return True
+    return checksum
 
 
 def _checksum(file: BinaryIO, length: int) -> str:

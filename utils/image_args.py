@@ -109,9 +109,13 @@ def batch_of_process(args: argparse.Namespace, processes: int) -> int:
     return args.batch_size // processes
 
 
-def recipe_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that a result depends on, in plain values: a checkpoint is continued only where it agrees."""
-    return settings_of(args, _RECIPE_FIELDS)
+def recipe_of(args: argparse.Namespace, images: str) -> dict[str, Any]:
+    """Everything that a result depends on, in plain values: a checkpoint is continued only where it agrees.
+
+    Args:
+        images: the fingerprint of the images.
+    """
+    return {**settings_of(args, _RECIPE_FIELDS), "images": images}
 
 
 def deviations(args: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

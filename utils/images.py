@@ -8,6 +8,7 @@ Images travel as bytes; :func:`normalized` turns a batch into what the networks 
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import sys
@@ -156,6 +157,16 @@ class ImageData:
     def classes(self) -> list[str]:
         """Folder names in the order of the labels."""
         return self.test.classes
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the names of all images, with their classes: the same wherever the folder lies."""
+        digest = hashlib.sha256()
+        for images in (self.train, self.test):
+            for path, label in images.samples if images is not None else ():
+                digest.update(f"{images.classes[label]}/{os.path.basename(path)}\n".encode())
+            digest.update(b"\n")
+        return digest.hexdigest()[:8]
 
 
 def load_image_data(
