@@ -4,6 +4,7 @@ Shan, Zhang, Zhu, Qiu, Eshraghian, Qu, "Advancing Spiking Neural Networks Toward
 Interaction Learning", AAAI 2025, https://doi.org/10.1609/aaai.v39i2.32141.
 
 This file stands alone: copy it into another project that has torch, einops and spikingjelly (0.0.0.0.14 or 2.x).
+Beside sma_triton.py in a package it runs its passes as kernels on a GPU, where Triton works.
 
     x = torch.rand(16, 2, 64, 32, 32)                       # [T, B, C, H, W], time first
     sma = SMA(channel=64, time=16, C_reduction=4, AZO=True)  # between a convolution and its BatchNorm
