@@ -14,6 +14,9 @@ import torch
 
 from utils.errors import exit_with_sentence
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores (pyproject.toml)
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined, so before models is imported
 

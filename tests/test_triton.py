@@ -104,7 +104,7 @@ def in_kernels(monkeypatch):
     return passes
 
 
-SMALL = {"channel": 4, "time": 4, "AZO": True, "RCR": 2, "RTR": 2}
+SMALL = {"channel": 4, "time": 4, "kernels": [1, 3], "AZO": True, "RCR": 2, "RTR": 2}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_half_precision_is_near_float32_and_stays_half(in_kernels):
 
 
 def test_more_scales_than_a_byte_has_bits(in_kernels):
-    ours = make(kernels=[1, 3, 1] * 3, **SMALL).to(DEVICE)
+    ours = make(**{**SMALL, "kernels": [1, 3, 1] * 3}).to(DEVICE)
     x, weights = random(4, 1, 4, 2, 3), random(4, 1, 4, 2, 3, seed=1)
     direct = as_direct(ours)
     assert_equal(a_pass(ours, x, weights), a_pass(direct, x, weights), 1e-10)

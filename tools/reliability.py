@@ -256,16 +256,18 @@ def nan(work: Path, data: Path, quick: bool) -> Found:
 
 
 def disk(work: Path, data: Path, quick: bool) -> Found:
-    """Let no file grow beyond 50 kB from the first epoch on, as a disk without room."""
-    for processes in (1, 2):
-        small, folder = _small("AdamW", processes, data), work / f"run_{processes}"
+    """From the first epoch on let no file grow beyond 50 kB, or metrics.csv not at all, as on a disk without room."""
+    for processes, what in itertools.product((1, 2), ("checkpoint", "log")):
+        small, folder = _small("AdamW", processes, data), work / f"{what}_{processes}"
         options = [*small.options, "--epochs", 3, "--output-dir", folder]
-        run = start(small.script, options, work, processes, _no_room_after_epoch_1)
+        prelude = _no_room_for_checkpoints if what == "checkpoint" else _no_room_for(folder / "metrics.csv")
+        run = start(small.script, options, work, processes, prelude)
         run.wait()
         text, epoch = run.text(), in_child(lambda folder=folder: _epoch_of(folder / "last.pt"))
-        if set(run.codes) != {2} or "cannot be written" not in text or not _is_one_message(text) or epoch != 1:
-            return f"no: {processes} process(es), exit codes {run.codes}, epoch {epoch}: {text[-300:]}", False
-    return "yes (1 and 2 processes; a limit of the file size stands in for the disk)", True
+        told = str(folder) in text and "cannot be written" in text and _is_one_message(text)
+        if set(run.codes) != {2} or not told or epoch != 1:
+            return f"no: {what}, {processes} process(es), exit codes {run.codes}, epoch {epoch}: {text[-300:]}", False
+    return "yes (checkpoint and log; 1 and 2 processes; a limit of the file size and /dev/full stand in)", True
 
 
 def lost(work: Path, data: Path, quick: bool) -> Found:
@@ -569,8 +571,16 @@ def _kill_after_epoch(at: int) -> Callable[[], None]:
     return lambda: _after_save(lambda epoch: os.kill(os.getpid(), signal.SIGKILL) if epoch == at else None)
 
 
-def _no_room_after_epoch_1() -> None:
+def _no_room_for_checkpoints() -> None:
     _after_save(lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY)))
+
+
+def _no_room_for(path: Path) -> Callable[[], None]:
+    def fill(_: int) -> None:
+        path.unlink()
+        path.symlink_to("/dev/full")
+
+    return lambda: _after_save(fill)
 
 
 def _poison(what: str, at: int, rank: int, steps: Path) -> Callable[[], None]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["is_first_to_tell", "launcher_keeps_store", "meeting_place", "wait_until_told"]
 
-_PATIENCE = 5.0  # seconds
+_PATIENCE = 3.0  # seconds
 _KEY = "run ends"
 
 
