@@ -441,6 +441,24 @@ def test_going_back_to_an_older_checkpoint_makes_it_the_previous_one(tmp_path):
     assert [torch.load(tmp_path / f"{n}.pt", weights_only=True)["epoch"] for n in ("last", "previous")] == [2, 1]
 
 
+def test_a_checkpoint_from_inside_an_epoch_is_not_taken_for_the_best_one(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    stopped, net, optimizer = make(tmp_path / "a")
+    stopped.save(1, 10.0)
+    step(net, optimizer)
+    stopped.progress.step = 2
+    stopped._save(1)  # stopped inside epoch 2
+    continued, net, _ = make(tmp_path / "b", seed=9)
+    assert continued.resume(str(tmp_path / "a" / "last.pt")) == 1
+    assert not (tmp_path / "b" / "best.pt").exists()
+    continued.save(2, 5.0)
+    assert same(torch.load(tmp_path / "b" / "best.pt", weights_only=True)["model"], net.state_dict())
+    # Back to the end of epoch 1: what was saved inside epoch 2 is later.
+    assert make(tmp_path / "a")[0].resume(str(tmp_path / "a" / "best.pt")) == 1
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["abandoned_last.pt", "best.pt", "previous.pt"]
+
+
 def test_without_last_and_previous_the_newest_of_the_others_continues(tmp_path, capsys):
     _, net, optimizer = make(tmp_path)
     checkpoints = Checkpoints(tmp_path, {}, ALONE, net, Progress(ALONE.device), keep_every=2, optimizer=optimizer)

@@ -270,7 +270,7 @@ class Checkpoints:
         self.best = state["best"]
         self._newest = source
         if how != "auto" and self.process.is_first:
-            self._leave_behind_later(source, state["epoch"])
+            self._leave_behind_later(source, _position(state))
         return state["epoch"]
 
     def _agree(self, found: tuple[int, int, str] | None) -> None:
@@ -310,22 +310,23 @@ class Checkpoints:
         if same_processes:
             self.progress.load_state_dict(own["progress"])
 
-    def _leave_behind_later(self, source: Path, epochs_done: int) -> None:
+    def _leave_behind_later(self, source: Path, position: tuple[int, int]) -> None:
         """Make ``source`` the newest checkpoint of the folder, and ``best.pt`` the best one up to it.
 
         Later ones, of a run that goes back, are renamed: nothing takes them for checkpoints of the run that goes on.
         """
-        epochs = {source: epochs_done}
+        positions = {source: position}
         for path in self._existing():
             try:
-                epoch = self._read(path)[0]["epoch"]
+                found = _position(self._read(path)[0])
             except UserError:  # damaged: it will be told where it is needed
                 continue
-            if epoch > epochs_done:
+            if found > position:
                 os.replace(path, path.with_name(f"abandoned_{path.name}"))
             else:
-                epochs[path] = epoch
-        of_best = next((path for path, epoch in epochs.items() if epoch == self.best["epoch"]), None)
+                positions[path] = found
+        # Of the end of that epoch: a checkpoint from inside the next one has other weights.
+        of_best = next((path for path, found in positions.items() if found == (self.best["epoch"], 0)), None)
         if of_best is None:
             self.best = {"acc1": -1.0, "epoch": 0}  # its weights are not there: the next epoch is the best so far
         elif not (self.directory / "best.pt").exists():
