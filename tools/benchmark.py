@@ -38,6 +38,7 @@ from utils.demo_images import PATTERNS, render_picture
 from utils.engine import AMP_DTYPES
 from utils.errors import SentenceParser, UserError, exit_with_sentence
 from utils.images import DECODERS, load_image_data
+from utils.tables import markdown_table
 from utils.versions import machine, versions
 
 __all__ = ["make_parser"]
@@ -122,8 +123,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     def words(value: Any) -> str:
         return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([words(value) for value in row.values()] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table([list(rows[0]), *([words(value) for value in row.values()] for row in rows)])
 
 
 def make_parser() -> argparse.ArgumentParser:
