@@ -22,18 +22,18 @@ from torch.nn.parallel import DistributedDataParallel
 from models import MSResNet, sma_ms_resnet18, sma_ms_resnet34, sma_ms_resnet104
 from models.neurons import select_backend
 from utils.checkpoint import Checkpoints, load_weights
-from utils.demo_images import write_demo_images
+from utils.data.demo_images import write_demo_images
+from utils.data.images import Mixup, load_image_data, normalized, readable, to_channels_last
+from utils.data.loaders import make_loaders, set_epoch
 from utils.describe import describe_image_run
 from utils.distributed import start
 from utils.engine import Progress, evaluate, train_one_epoch
 from utils.errors import exit_with_sentence, user_input
 from utils.image_args import batch_of_process, deviations, parse_image_args, recipe_of
-from utils.images import Mixup, load_image_data, normalized, readable, to_channels_last
-from utils.loaders import make_loaders, set_epoch
 from utils.logger import RunLog, check_output, write_evaluation
 from utils.losses import cross_entropy
 from utils.optim import averaged, cosine
-from utils.preempt import StopSignal
+from utils.signals import StopSignal
 
 NETS = {"resnet18": sma_ms_resnet18, "resnet34": sma_ms_resnet34, "resnet104": sma_ms_resnet104}
 RECIPE = {

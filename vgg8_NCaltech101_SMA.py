@@ -22,16 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 from models import VGG8, sma_vgg8_ncaltech101
 from models.neurons import select_backend
 from utils.checkpoint import Checkpoints, load_weights
-from utils.datasets import load_event_data
+from utils.data.events import load_event_data
+from utils.data.loaders import make_loaders, set_epoch
 from utils.describe import describe_event_run
 from utils.distributed import start
 from utils.engine import Progress, evaluate, train_one_epoch
 from utils.errors import exit_with_sentence, user_input
 from utils.event_args import deviations, parse_event_args, recipe_of
-from utils.loaders import make_loaders, set_epoch
 from utils.logger import RunLog, check_output, write_evaluation
 from utils.losses import tet
-from utils.preempt import StopSignal
+from utils.signals import StopSignal
 
 DATA_SET = "ncaltech101"
 RECIPE = {

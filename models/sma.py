@@ -4,7 +4,7 @@ Shan, Zhang, Zhu, Qiu, Eshraghian, Qu, "Advancing Spiking Neural Networks Toward
 Interaction Learning", AAAI 2025, https://doi.org/10.1609/aaai.v39i2.32141.
 
 This file stands alone: copy it into another project that has torch, einops and spikingjelly (0.0.0.0.14 or 2.x).
-Beside sma_triton.py in a package it runs its passes as kernels on a GPU, where Triton works.
+Beside fast/kernels.py in a package it runs its passes as kernels on a GPU, where Triton works.
 
     x = torch.rand(16, 2, 64, 32, 32)                       # [T, B, C, H, W], time first
     sma = SMA(channel=64, time=16, C_reduction=4, AZO=True)  # between a convolution and its BatchNorm
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 try:
-    from . import sma_triton as _triton
+    from .fast import kernels as _triton
 except ImportError:  # no Triton on this machine, or this file was copied without that one
     _triton = None
 
@@ -118,7 +118,7 @@ class _Conv2d(nn.Conv2d):
 
 
 # The fused path: all but the convolutions, without keeping more than backward needs. A pass over memory costs
-# more than the arithmetic. On a GPU sma_triton.py has the passes as kernels; the loops over steps here are for a CPU:
+# more than the arithmetic. On a GPU fast/kernels.py has the passes as kernels; the loops over steps here are for a CPU:
 # they keep what they work on in the cache, and every feature map that is not allocated saves its page faults, too.
 
 
@@ -366,7 +366,7 @@ def _unpack(bits: Tensor, like: Tensor) -> Tensor:
 
 
 def _in_kernels(x: Tensor) -> bool:
-    """Whether a pass over ``x`` runs in the kernels of sma_triton.py. A compiler makes its own."""
+    """Whether a pass over ``x`` runs in the kernels of fast/kernels.py. A compiler makes its own."""
     return x.is_cuda and not torch.compiler.is_compiling() and has_kernels(x.device)
 
 

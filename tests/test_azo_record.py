@@ -7,7 +7,7 @@ import torch
 from models import VGG8
 from models.neurons import reset_net
 from tests.conftest import SMALL
-from utils.azo_record import AZORecord, read_azo_record
+from utils.analysis.azo_record import AZORecord, read_azo_record
 from utils.errors import UserError
 
 

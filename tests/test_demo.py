@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils import demo
-from utils.demo import GESTURES, TEST_SUBJECTS, TRAIN_SUBJECTS, TRIALS, render_events, write_demo
+from utils.data import demo
+from utils.data.demo import GESTURES, TEST_SUBJECTS, TRAIN_SUBJECTS, TRIALS, render_events, write_demo
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -143,7 +143,7 @@ def test_a_new_version_of_the_generator_makes_a_new_set(tmp_path, monkeypatch):
 WRITE = """
 import sys
 from pathlib import Path
-from utils import demo
+from utils.data import demo
 demo.TRAIN_SUBJECTS, demo.TEST_SUBJECTS = (0, 1, 2), (12,)
 if len(sys.argv) > 2:  # die, as by kill -9, before this recording
     import os

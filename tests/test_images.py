@@ -11,12 +11,12 @@ from timm.data import ImageNetInfo
 from torchvision import transforms
 
 from models import sma_ms_resnet18
-from utils import images
-from utils.demo_images import PATTERNS, render_picture, write_demo_images
+from utils.data import images
+from utils.data.demo_images import PATTERNS, render_picture, write_demo_images
+from utils.data.images import ImageSet, Mixup, load_image_data, normalized, readable, to_channels_last
+from utils.data.loaders import make_loaders, sample_seed, set_epoch
 from utils.distributed import Process
 from utils.errors import UserError
-from utils.images import ImageSet, Mixup, load_image_data, normalized, readable, to_channels_last
-from utils.loaders import make_loaders, sample_seed, set_epoch
 from utils.losses import cross_entropy
 from utils.optim import averaged, cosine
 

@@ -13,10 +13,10 @@ from models import SMA, VGG8, sma_ms_resnet18
 from models.neurons import lif, reset_net
 from tests.conftest import ROOT, SMALL
 from tools import report
+from utils.analysis.operations import LayerCount, OperationCounter, fan_out
 from utils.describe import describe_training
 from utils.errors import exit_with_sentence
-from utils.frames import DATA_SETS
-from utils.operations import LayerCount, OperationCounter, fan_out
+from utils.prepare.frames import DATA_SETS
 
 
 class Emit(nn.Module):

@@ -8,7 +8,8 @@ from matplotlib.text import Text
 from PIL import Image, ImageSequence
 
 from tests.conftest import write_events
-from utils import figures, pictures
+from utils import pictures
+from utils.analysis import figures
 from utils.errors import UserError
 from utils.pictures import save_as_gif, save_as_pic, save_every_frame_of_an_entire_DVS_dataset
 

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from tests.test_recordings import aedat2, aedat3, events, five_bytes, packet
 from tools import prepare_data
-from utils.archives import archive_fault
-from utils.datasets import load_event_data
+from utils.data.events import load_event_data
 from utils.errors import UserError, exit_with_sentence
-from utils.frames import one_process_at_a_time
+from utils.prepare.archives import archive_fault
+from utils.prepare.frames import one_process_at_a_time
 
 FORK = multiprocessing.get_context("fork")
 CLASSES = ("ant", "bass", "crab")
@@ -429,7 +429,7 @@ def test_check_lists_an_archive_that_cannot_be_read_with_the_others(prepare, tmp
             raise OSError(5, "Input/output error")
         return archive_fault(path, *arguments)
 
-    monkeypatch.setattr("utils.frames.archive_fault", fault)
+    monkeypatch.setattr("utils.prepare.frames.archive_fault", fault)
     error = error_of(prepare("cifar10dvs", "--data-dir", tmp_path, *SMALL, "--check"))
     assert "2 bad of 10 archives" in error and "cat.zip: cannot be read (Input/output error)" in error
     assert "frog.zip: is damaged or cut off" in error

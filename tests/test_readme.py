@@ -10,16 +10,16 @@ import shlex
 
 import pytest
 
+from docs.study import study
 from tests.conftest import ROOT, SCRIPTS
+from tests.reliability import reliability
 from tools import (
     benchmark,
     compare,
     export,
     prepare_data,
     prepare_imagenet,
-    reliability,
     report,
-    study,
     visualize,
 )
 from utils import pictures
@@ -39,9 +39,9 @@ PARSERS = {path.name: event_parser("", RECIPE) for path in SCRIPTS.values()} | {
     "tools/report.py": report.make_parser(),
     "tools/visualize.py": visualize.make_parser(),
     "tools/compare.py": compare.make_parser(),
-    "tools/reliability.py": reliability.make_parser(),
+    "tests/reliability/reliability.py": reliability.make_parser(),
     "tools/export.py": export.make_parser(),
-    "tools/study.py": study.make_parser(),
+    "docs/study/study.py": study.make_parser(),
 }
 
 

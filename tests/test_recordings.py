@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils.recordings import RecordingError, Span, read_aedat2, read_aedat3, read_bin, read_spans
-from utils.spikingjelly_data import _function, _torchaudio_or_placeholder
+from utils.prepare.recordings import RecordingError, Span, read_aedat2, read_aedat3, read_bin, read_spans
+from utils.prepare.spikingjelly_data import _function, _torchaudio_or_placeholder
 
 HEADER3 = b"#!AER-DAT3.1\r\n#Format: RAW\r\n#Source 1: DVS128\r\n#!END-HEADER\r\n"
 HEADER2 = b"#!AER-DAT2.0\r\n# This is a raw AE data file - do not edit\r\n"

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from utils.data.packing import count_type, decode_counts, encode_counts
+from utils.data.store import Contents, damage, open_store, pack, write_store
 from utils.errors import DataError
-from utils.packing import count_type, decode_counts, encode_counts
-from utils.store import Contents, damage, open_store, pack, write_store
 
 CONTENTS = Contents(T=3, height=20, width=30, part="train", split="12345678", count=4, samples="abc")
 SHAPE = (3, 2, 20, 30)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from docs.study import study
 from models import SMA, VGG8
-from tools import study
 from utils.errors import exit_with_sentence
 
 

@@ -11,8 +11,8 @@ from models import VGG8
 from tests.conftest import write_events
 from tests.test_operations import lively, run_tool
 from tools import draw_sma, visualize
+from utils.data.splits import RULES
 from utils.errors import UserError
-from utils.splits import RULES
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_demo_sample_is_titled_by_its_gesture(tmp_path, monkeypatch, capsys):
     draw = visualize.draw_frames
     monkeypatch.setattr(visualize, "draw_frames", lambda x, title, full: titles.append(title) or draw(x, title, full))
     for data_set, sample in (("dvs128", "10/test"), ("dvs128", "2/test"), ("ncaltech101", "wave/test")):
-        monkeypatch.setattr("utils.datasets.write_demo", lambda *_, data_set=data_set: made[data_set])
+        monkeypatch.setattr("utils.data.events.write_demo", lambda *_, data_set=data_set: made[data_set])
         arguments = ["frames", "--data-set", data_set, "--demo", "-T", 2, "--sample", sample]
         code, _, err = run_tool(monkeypatch, capsys, visualize.main, *arguments, "--output-dir", tmp_path / "out")
         assert code == 0, err

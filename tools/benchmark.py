@@ -33,12 +33,12 @@ if not __package__:  # run as a file: the modules of the repository are one fold
 
 from tools.benchmark_data import add_data_arguments, benchmark_data
 from tools.benchmark_model import FORMS, SUBJECTS, alternate, benchmark_model, benchmark_scaling
+from utils.analysis.tables import markdown_table
 from utils.args import whole
-from utils.demo_images import PATTERNS, render_picture
+from utils.data.demo_images import PATTERNS, render_picture
+from utils.data.images import DECODERS, load_image_data
 from utils.engine import AMP_DTYPES
 from utils.errors import SentenceParser, UserError, exit_with_sentence
-from utils.images import DECODERS, load_image_data
-from utils.tables import markdown_table
 from utils.versions import machine, versions
 
 __all__ = ["make_parser"]

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from utils.args import whole
-from utils.datasets import EventFrames, load_event_data
+from utils.data.events import EventFrames, load_event_data
 from utils.errors import UserError
-from utils.frames import DATA_SETS
-from utils.spikingjelly_data import load_npz_frames
+from utils.prepare.frames import DATA_SETS
+from utils.prepare.spikingjelly_data import load_npz_frames
 
 __all__ = ["add_data_arguments", "benchmark_data"]
 

@@ -33,9 +33,9 @@ from models import (
 )
 from models.neurons import lif, multi_dimensional_attention, reset_net, select_backend, temporal_wise_attention
 from tools.direct_sma import as_direct
+from utils.data.images import to_channels_last
 from utils.engine import AMP_DTYPES
 from utils.errors import UserError, user_input
-from utils.images import to_channels_last
 
 __all__ = ["FORMS", "SUBJECTS", "benchmark_model", "benchmark_scaling"]
 

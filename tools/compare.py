@@ -33,12 +33,12 @@ from typing import Any
 if not __package__:  # run as a file: the modules of the repository are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.analysis.runs import read_json, read_metrics
+from utils.analysis.tables import markdown_table
 from utils.args import words
 from utils.errors import SentenceParser, UserError, exit_with_sentence
 from utils.files import write_text, writing
 from utils.logger import check_output
-from utils.runs import read_json, read_metrics
-from utils.tables import markdown_table
 
 __all__ = ["Group", "Run", "differences", "group_runs", "make_parser", "read_run", "sampling_error", "to_markdown"]
 

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 4 tools/report.py --weights output/dvs128/last.pt
 
 Everything is counted over the whole test set, exactly for any number of processes. What is counted as an operation is
-told at the top of utils/operations.py, and in the report. Writes report.md, report.csv and report.json.
+told at the top of utils/analysis/operations.py, and in the report. Writes report.md, report.csv and report.json.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if not __package__:  # run as a file: the modules of the repository are one fold
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.neurons import reset_net
+from utils.analysis.inspection import Inspected, add_inspection, load_inspected
+from utils.analysis.operations import LayerCount, OperationCounter
+from utils.analysis.tables import markdown_table
 from utils.args import not_negative, whole
 from utils.distributed import Process, start
 from utils.engine import evaluate
 from utils.errors import SentenceParser, exit_with_sentence
 from utils.files import write_text, writing
-from utils.inspection import Inspected, add_inspection, load_inspected
 from utils.logger import check_output, progress_bar
-from utils.operations import LayerCount, OperationCounter
-from utils.tables import markdown_table
 from utils.versions import machine, versions
 
 __all__ = ["energy", "make_parser", "operations", "summary", "to_csv", "to_markdown"]
@@ -46,7 +46,7 @@ CONSTANTS = "Horowitz, ISSCC 2014, 45 nm: 32-bit floating point, 3.7 pJ a produc
 
 
 def operations(layer: LayerCount, count: str) -> tuple[float, float]:
-    """MAC and AC of a layer, over all samples; ``count`` is ``"usual"`` or ``"exact"`` (utils/operations.py)."""
+    """MAC and AC of a layer, over all samples; ``count`` is ``"usual"`` or ``"exact"`` (utils.analysis.operations)."""
     if layer.kind == "neuron":
         return 0, 0
     return (layer.mac, layer.ac) if count == "usual" else (layer.mac_exact, layer.ac_exact)

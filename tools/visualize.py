@@ -25,19 +25,19 @@ if not __package__:  # run as a file: the modules of the repository are one fold
 
 from models import SMA
 from models.neurons import reset_net
+from utils.analysis.azo_record import read_azo_record
+from utils.analysis.figures import draw_attention, draw_azo, draw_curves, draw_frames, draw_spikes, save
+from utils.analysis.inspection import Inspected, add_inspection, load_inspected
+from utils.analysis.runs import read_metrics
 from utils.args import above_zero, size, whole
-from utils.azo_record import read_azo_record
-from utils.datasets import EventFrames, load_event_data
-from utils.demo import GESTURES
+from utils.data.demo import GESTURES
+from utils.data.events import EventFrames, load_event_data
+from utils.data.images import ImageSet
 from utils.distributed import Process, start, sum_over_processes
 from utils.errors import SentenceParser, UserError, exit_with_sentence
-from utils.figures import draw_attention, draw_azo, draw_curves, draw_frames, draw_spikes, save
-from utils.frames import DATA_SETS, sample_name
-from utils.images import ImageSet
-from utils.inspection import Inspected, add_inspection, load_inspected
 from utils.logger import check_output, progress_bar
 from utils.pictures import Kind, save_as_gif, save_as_pic, save_every_frame_of_an_entire_DVS_dataset
-from utils.runs import read_metrics
+from utils.prepare.frames import DATA_SETS, sample_name
 
 __all__ = ["make_parser", "mean_attention", "spike_maps"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from models.sma import has_kernels
-from utils.datasets import EventData
+from utils.data.events import EventData
+from utils.data.images import ImageData
 from utils.distributed import Process
-from utils.images import ImageData
 from utils.versions import versions
 
 __all__ = ["describe_event_run", "describe_image_run", "describe_training"]

@@ -65,7 +65,7 @@ def parse_event_args(
 
     Args:
         description: the script's docstring, shown by ``--help``.
-        data_set: a key of ``utils.frames.DATA_SETS``, and the name of the default folders.
+        data_set: a key of ``utils.prepare.frames.DATA_SETS``, and the name of the default folders.
         recipe: the published settings.
         demo: what ``--demo`` changes.
 

@@ -23,8 +23,8 @@ from utils.args import (
     whole,
 )
 from utils.checkpoint import describe_ms_resnet
+from utils.data.images import DECODERS
 from utils.errors import UserError
-from utils.images import DECODERS
 
 __all__ = ["batch_of_process", "deviations", "image_parser", "parse_image_args", "recipe_of"]
 

@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from utils.analysis.azo_record import AZORecord
 from utils.args import plain, words
-from utils.azo_record import AZORecord
 from utils.distributed import Process, gather
 from utils.errors import UserError
 from utils.files import write_text

@@ -1,4 +1,4 @@
-"""The rows of tools/reliability.py in their smaller form: real processes, killed, stopped, spoilt and lost."""
+"""The rows of reliability.py in their smaller form: real processes, killed, stopped, spoilt and lost."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tools import reliability
+from tests.reliability import reliability
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def table(tmp_path_factory):
     """The figures of one quick call of the tool, by row."""
     folder = tmp_path_factory.mktemp("reliability")
     done = subprocess.run(
-        [sys.executable, "tools/reliability.py", "--quick", "--output-dir", folder],
+        [sys.executable, "tests/reliability/reliability.py", "--quick", "--output-dir", folder],
         cwd=ROOT, capture_output=True, text=True, timeout=550, check=False,
     )  # fmt: skip
     assert (folder / "reliability.json").exists(), done.stderr

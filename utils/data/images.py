@@ -25,8 +25,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
+from utils.data.loaders import sample_seed
 from utils.errors import DataError, UserError
-from utils.loaders import sample_seed
 
 __all__ = [
     "DECODERS",

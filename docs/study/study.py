@@ -1,7 +1,7 @@
 """What attention is worth: seven variants in one place of SMA-VGG8, on two small data sets of real events.
 
-    python tools/study.py run --data-dir DIR     train what is not there yet, one row a run; then table and figure
-    python tools/study.py table                  table and figure from the rows that are there
+    python docs/study/study.py run --data-dir DIR     train what is not there yet, one row a run; then table and figure
+    python docs/study/study.py table                  table and figure from the rows that are there
 
 DIR/nmnist holds N-MNIST as extract/Caltech101/<digit>/*.bin and split.csv (lines train,<digit>/<sample> and
 test,<digit>/<sample>: its own Train and Test); DIR/objects holds DVS128 recordings as extract/DvsGesture. A killed
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 if not __package__:  # run as a file: the modules of the repository are one folder up
     sys.path.insert(0, str(ROOT))
 
@@ -44,13 +44,13 @@ from models.neurons import (  # noqa: E402
     temporal_wise_attention,
 )
 from utils.args import whole  # noqa: E402
-from utils.datasets import EventData, load_event_data  # noqa: E402
+from utils.data.events import EventData, load_event_data  # noqa: E402
+from utils.data.loaders import make_loaders, set_epoch  # noqa: E402
 from utils.distributed import Process  # noqa: E402
 from utils.engine import evaluate, time_first, train_one_epoch  # noqa: E402
 from utils.errors import SentenceParser, UserError, exit_with_sentence  # noqa: E402
-from utils.loaders import make_loaders, set_epoch  # noqa: E402
 from utils.losses import mse_of_mean, tet  # noqa: E402
-from utils.preempt import in_worker  # noqa: E402
+from utils.signals import in_worker  # noqa: E402
 
 __all__ = [
     "SETTINGS",
@@ -322,7 +322,9 @@ def table(args: argparse.Namespace) -> None:
     """Print the table of the rows, and draw their figure."""
     rows = read_rows(args.rows, COLUMNS)
     if not rows:
-        raise UserError(f"--rows {args.rows} holds no rows yet; make them by: python tools/study.py run --data-dir DIR")
+        raise UserError(
+            f"--rows {args.rows} holds no rows yet; make them by: python docs/study/study.py run --data-dir DIR"
+        )
     lines = summary(rows, read_rows(_costs_file(args.rows), COST_COLUMNS))
     print(f"{to_markdown(lines)}\n\n{findings(rows)}")
     figure = args.figure or args.rows.with_suffix(".png")
@@ -525,7 +527,9 @@ def make_parser() -> argparse.ArgumentParser:
     study.add_argument("--data", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="default: both")
     shown = commands.add_parser("table", help=table.__doc__)
     for command in (study, shown):
-        command.add_argument("--rows", type=Path, default=ROOT / "docs" / "study.csv", help="default: docs/study.csv")
+        command.add_argument(
+            "--rows", type=Path, default=ROOT / "docs" / "study" / "study.csv", help="default: docs/study/study.csv"
+        )
         command.add_argument("--figure", type=Path, metavar="FILE", help="default: beside the rows, as .png")
     study.set_defaults(function=run)
     shown.set_defaults(function=table)

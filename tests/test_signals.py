@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, SCRIPTS, SMALL, rows
-from utils.azo_record import read_azo_record
+from utils.analysis.azo_record import read_azo_record
 from utils.checkpoint import read_weights
 from utils.errors import StopRequested
-from utils.preempt import StopSignal
+from utils.signals import StopSignal
 
 CPU = torch.device("cpu")
 # Sends a signal to its own process from inside a step: at the N-th training batch, or test batch, of the run.
@@ -164,7 +164,7 @@ def test_a_real_sigterm_to_a_run_and_its_loader_processes_ends_it_within_seconds
 
 LEAVES = """
 from torch.utils.data import DataLoader
-from utils.preempt import in_worker, starting_workers
+from utils.signals import in_worker, starting_workers
 with starting_workers():
     batches = iter(DataLoader(list(range(99)), num_workers=2, worker_init_fn=in_worker))
 next(batches)

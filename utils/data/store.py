@@ -2,7 +2,7 @@
 
     magic (8 bytes) | header (JSON, padded to 1016 bytes) | SHA-256 of header and table (32 bytes)
     table: offset of every sample and of the end (8 bytes each), CRC-32 of every sample (4 bytes each)
-    the samples, as utils/packing.py encodes them
+    the samples, as utils/data/packing.py encodes them
 
 Numbers are little-endian. The header tells T, size, split, number of samples, type of the counts, and a checksum of
 the names, labels and contents of the samples: a store of anything else is not opened.
@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from utils.data.packing import count_type, decode_counts, encode_counts
 from utils.errors import DataError
 from utils.files import partial_of
-from utils.packing import count_type, decode_counts, encode_counts
 
 __all__ = ["Contents", "Packed", "Store", "damage", "open_store", "pack", "write_store"]
 

@@ -169,7 +169,7 @@ def test_kernels_that_do_not_work_are_left_out_with_a_warning(monkeypatch, fault
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from models import sma_triton as kernels
+from models.fast import kernels
 
 half, scales, real = "*fp16", 4, "*fp32"
 sizes = dict.fromkeys(("B", "C", "P", "step", "of_b"), "i32")

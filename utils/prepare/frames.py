@@ -25,13 +25,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.archives import archive_fault, contents_fault, find_archives, unpack
 from utils.errors import UserError
 from utils.files import partial_of, write_text
-from utils.frame_check import BadFile
-from utils.parallel import in_threads
-from utils.recordings import Events, RecordingError, Span, read_aedat2, read_aedat3, read_bin, read_spans
-from utils.spikingjelly_data import integrate, published_md5
+from utils.prepare.archives import archive_fault, contents_fault, find_archives, unpack
+from utils.prepare.check import BadFile
+from utils.prepare.parallel import in_threads
+from utils.prepare.recordings import Events, RecordingError, Span, read_aedat2, read_aedat3, read_bin, read_spans
+from utils.prepare.spikingjelly_data import integrate, published_md5
 
 __all__ = [
     "DATA_SETS",

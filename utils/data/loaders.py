@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from utils.distributed import Process
 from utils.errors import UserError
-from utils.preempt import in_worker, starting_workers
+from utils.signals import in_worker, starting_workers
 
 __all__ = ["Data", "make_loaders", "sample_seed", "set_epoch"]
 

@@ -6,7 +6,7 @@ A split file is text with a line for every sample,
     test,<class>/<sample>,<checksum>
 
 ``#`` starts a comment. The checksum may be left out or ``-``; it is that of the sample's event counts (see
-``content_checksum`` in utils/frame_check.py). ``train,*`` or ``test,*`` stands for all samples that no line names.
+``content_checksum`` in utils/prepare/check.py). ``train,*`` or ``test,*`` stands for all samples that no line names.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utils.data.packing import count_type
 from utils.errors import DataError
 from utils.files import write_text
-from utils.packing import count_type
-from utils.parallel import in_threads
+from utils.prepare.parallel import in_threads
 
 __all__ = ["BadFile", "Checksums", "check_frames", "content_checksum", "listing", "read_frames"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.demo import made_once
+from utils.data.demo import made_once
 
 __all__ = ["PATTERNS", "render_picture", "write_demo_images"]
 
@@ -80,7 +80,7 @@ def write_demo_images(root: Path) -> Path:
     """Write the demo pictures below ``root``, unless they are there already, and return the folder to load them from.
 
     ``train/<pattern>/<number>.png`` and ``test/<pattern>/<number>.png``. The set appears in one step when it is whole,
-    as that of ``utils/demo.py``.
+    as that of ``utils/data/demo.py``.
     """
 
     def fill(directory: Path) -> None:

@@ -15,17 +15,17 @@ from models import VGG8, sma_ms_resnet18, sma_ms_resnet34, sma_ms_resnet104
 from models.neurons import select_backend
 from utils.args import size, told_by_weights, whole
 from utils.checkpoint import describe_ms_resnet, describe_vgg8, load_weights, read_weights
-from utils.datasets import EventFrames, load_event_data
-from utils.demo_images import write_demo_images
+from utils.data.demo_images import write_demo_images
+from utils.data.events import EventFrames, load_event_data
+from utils.data.images import ImageSet, load_image_data, normalized
+from utils.data.loaders import make_loaders
 from utils.describe import describe_training
 from utils.distributed import Process
 from utils.engine import time_first
 from utils.errors import UserError, user_input
 from utils.event_args import INPUT_FIELDS as EVENT_INPUTS
-from utils.frames import DATA_SETS
 from utils.image_args import INPUT_FIELDS as IMAGE_INPUTS
-from utils.images import ImageSet, load_image_data, normalized
-from utils.loaders import make_loaders
+from utils.prepare.frames import DATA_SETS
 
 __all__ = ["Inspected", "add_inspection", "load_inspected"]
 

@@ -14,12 +14,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
-from utils.archives import find_archives
-from utils.demo import write_demo
+from utils.data.demo import write_demo
+from utils.data.loaders import sample_seed
+from utils.data.splits import RULES, Split, make_split, read_split
+from utils.data.store import Contents, Store, damage, open_store, pack, write_store
 from utils.errors import DataError, UserError
 from utils.files import write_text
-from utils.frame_check import BadFile, Checksums, check_frames, listing, read_frames
-from utils.frames import (
+from utils.prepare.archives import find_archives
+from utils.prepare.check import BadFile, Checksums, check_frames, listing, read_frames
+from utils.prepare.frames import (
     DATA_SETS,
     DataSet,
     check_recordings,
@@ -27,10 +30,7 @@ from utils.frames import (
     make_frames,
     one_process_at_a_time,
 )
-from utils.loaders import sample_seed
-from utils.parallel import in_threads
-from utils.splits import RULES, Split, make_split, read_split
-from utils.store import Contents, Store, damage, open_store, pack, write_store
+from utils.prepare.parallel import in_threads
 
 __all__ = ["EventData", "EventFrames", "check_event_data", "flip_and_shift", "load_event_data", "packed_path"]
 
@@ -145,9 +145,9 @@ def load_event_data(
 
     Args:
         name: a key of ``DATA_SETS``.
-        data_dir: its folder; what must lie there is told at the top of ``utils/frames.py``.
+        data_dir: its folder; what must lie there is told at the top of ``utils/prepare/frames.py``.
         T: frames per sample.
-        split: one of ``utils.splits.RULES`` or a split file. A data set with its own train and test folders ignores it.
+        split: one of ``utils.data.splits.RULES`` or a split file; ignored by data with train and test folders.
         split_seed: of the random split.
         sensor_size: (H, W) of the camera, where the recordings are of another one (N-MNIST: 34, 34).
         frame_size: (H, W) to resize to; None keeps the sensor's.

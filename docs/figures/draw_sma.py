@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 if not __package__:  # run as a file: the modules of the repository are one folder up
     sys.path.insert(0, str(ROOT))
 
@@ -278,10 +278,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = SentenceParser(
         description="Draw the README figure of SMA and Attention ZoneOut.",
-        epilog="example: python tools/draw_sma.py --output docs/sma_azo.png",
+        epilog="example: python docs/figures/draw_sma.py --output docs/figures/sma_azo.png",
     )
-    default = ROOT / "docs" / "sma_azo.png"
-    parser.add_argument("--output", type=Path, default=default, help="PNG file (default: docs/sma_azo.png)")
+    default = ROOT / "docs" / "figures" / "sma_azo.png"
+    parser.add_argument("--output", type=Path, default=default, help="PNG file (default: docs/figures/sma_azo.png)")
     draw(parser.parse_args(argv).output)
 
 

@@ -1,8 +1,8 @@
 """What a run survives, measured: kills, damaged files, divergence, lost processes, long evaluations.
 
-    python tools/reliability.py                            all rows: a quarter of an hour on two cores
-    python tools/reliability.py --quick                    the same in smaller counts: two minutes
-    python tools/reliability.py --only saves resume        these rows
+    python tests/reliability/reliability.py                            all rows: a quarter of an hour on two cores
+    python tests/reliability/reliability.py --quick                    the same in smaller counts: two minutes
+    python tests/reliability/reliability.py --only saves resume        these rows
 
 Real processes run the scripts on the built-in demo data, on the CPU, one thread a process. The table goes to standard
 output and, with the figures, to --output-dir. Exit code 1 where a row misses its target.
@@ -39,22 +39,22 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 if not __package__:  # run as a file: the modules of the repository are one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import utils.losses
 from models import VGG8
 from tools._forked import ROOT, Run, end_all, in_child, launch, start
+from utils.analysis.operations import OperationCounter
 from utils.checkpoint import Checkpoints, load_weights, read_weights
-from utils.demo import write_demo
-from utils.demo_images import write_demo_images
+from utils.data.demo import write_demo
+from utils.data.demo_images import write_demo_images
 from utils.distributed import Process
 from utils.engine import Progress, evaluate, train_one_epoch
 from utils.errors import SentenceParser, UserError, exit_with_sentence
 from utils.files import read_checked
-from utils.frames import DATA_SETS
 from utils.logger import check_output
 from utils.losses import mse_of_mean
-from utils.operations import OperationCounter
+from utils.prepare.frames import DATA_SETS
 from utils.versions import machine, versions
 
 __all__ = ["damages", "hostile_files", "make_parser"]
@@ -149,7 +149,7 @@ def training(work: Path, data: Path, quick: bool) -> Found:
 def resume(work: Path, data: Path, quick: bool) -> Found:
     """Stop at every epoch boundary and at five points inside an epoch; continue; compare everything to the bit."""
     equal = tried = 0
-    names = ["SGD + EMA"] if quick else list(SCRIPTS)  # AdamW: tests/test_preempt.py
+    names = ["SGD + EMA"] if quick else list(SCRIPTS)  # AdamW: tests/test_signals.py
     for name in names:
         for processes in (1, 2):
             small, here = _small(name, processes, data), work / f"{name}_{processes}"

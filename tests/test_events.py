@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from tests.conftest import write_events
-from utils.datasets import flip_and_shift, load_event_data
+from utils.data.events import flip_and_shift, load_event_data
+from utils.data.loaders import make_loaders, set_epoch
 from utils.distributed import Process
 from utils.engine import time_first
 from utils.errors import DataError, UserError
-from utils.frames import DATA_SETS
-from utils.loaders import make_loaders, set_epoch
-from utils.spikingjelly_data import published_md5
+from utils.prepare.frames import DATA_SETS
+from utils.prepare.spikingjelly_data import published_md5
 
 
 def process(rank=0, world_size=1):
