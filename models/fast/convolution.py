@@ -1,0 +1,434 @@
+"""The convolutions of all branches of SMA at once, for a CPU: one transform of the input, products, inverse transforms.
+
+The branches read the same input ``x [N, C, H, W]``, each with a kernel of its own odd size (stride 1, "same" padding).
+Directly this takes ``sum of k^2 = 84`` multiplications a pixel and channel pair for kernels 1, 3, 5, 7; here it is 9.5
+and the transforms, which do not grow with C.
+
+**One tile, one axis.** A tile has v outputs, and with ``h = 7 // 2`` more inputs on either side it needs
+``L = v + 2h`` inputs. Correlation with a kernel on these is circular, so with the discrete Fourier transform F of length L
+(real input: only frequencies 0 to L/2) it is ``y = F^-1 (F x * F w)``, of which the v outputs away from the seam are right
+(overlap-save). A map that is one tile needs only ``L = H + h``, since its zero padding is shared by both sides.
+
+**Two axes, real numbers.** Along the columns F gives L real rows: real and imaginary part of L/2 + 1 column
+frequencies (0 and L/2 are real). For each of them F along the rows gives complex numbers ``a + ib``, to be multiplied by
+the kernel's ``c + id``. Gauss's three products do it: ``p1 = c (a + b)``, ``p2 = a (d - c)``, ``p3 = b (c + d)``, and
+``p1 - p3 + i (p1 + p2)`` is the result. The sums are part of the matrices of the row transforms, so that a tile's
+convolution is
+
+    y = D ((A x) * (B w))          A: a + b, a, b      B: c, d - c, c + d      D: back to v x v pixels
+
+with constant real matrices, and ``*`` for each of the R products on its own. Over the channels each product is a matrix
+product, ``P_r [tiles N, K] = X_r [tiles N, C] W_r [C, K]``, and these are nearly all of the arithmetic. DFTs as matrix
+products work for any L and run near the peak of a core, FFTs of such lengths do not.
+
+**Backward** is the adjoint of this, with the same matrices: with ``G = D' grad_y``, ``grad_x = A' sum over s (G_s * B w_s)``
+and ``grad_w_s = B' (A x * G_s)``, so all branches share the inverse transform, too. Only x and w are kept.
+
+Shapes (I x J tiles of v x u outputs; f counts the L rows of column frequencies, R products of one of them):
+
+    x         [N, C, H, W]
+    columns   [L, H, J, N, C]           A along the columns
+    X         [R, I, J, N, C]           A along the rows, one column frequency at a time
+    W_s       [R, K, C]                 B along both, the same
+    P_s       [R, I, J, N, K]           X_r W_s,r'
+    columns   [I, L, v, J, N, K]        D along the rows
+    y_s       [N, K, H, W]              D along the columns
+
+The loop over column frequencies never holds more than one of X, W and P a thread. Threads share column frequencies, image
+rows and samples, never a sum: the result does not depend on their number.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from threading import Barrier
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["applies", "branch_convolutions"]
+
+TILE = 16  # outputs of a tile along an axis, at most: larger ones make the transforms dearer than they save products
+ROWS = 128  # tiles times samples of one round, about: what all frequencies of it need stays small
+LEAST_PIXELS, LEAST_VALUES = 2**10, 2**18  # of an input for which this is faster than direct convolutions
+
+
+def applies(x: Tensor, weights: Sequence[Tensor], samples: int) -> bool:
+    """Whether :func:`branch_convolutions` computes these convolutions, and sooner than one after the other.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        weights: of every branch.
+        samples: the least N that x can have (T of SMA): what is chosen must not depend on the size of a batch.
+
+    The environment variable ``SMA_CONVOLUTIONS`` overrides the choice where there is one: ``direct`` or ``shared``.
+    """
+    C, H, W = x.shape[1:]
+    kernels = [weight.shape[-1] for weight in weights]
+    possible = (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and all(
+            w.dtype == x.dtype and w.shape[1:] == (C, k, k) and k % 2 for w, k in zip(weights, kernels, strict=True)
+        )
+        and max(kernels) > 1
+    )
+    choice = os.environ.get("SMA_CONVOLUTIONS", "")
+    if not possible or choice in ("direct", "shared"):
+        return possible and choice == "shared"
+    return x.dtype == torch.float32 and samples * H * W >= LEAST_PIXELS and samples * H * W * C >= LEAST_VALUES
+
+
+def branch_convolutions(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """``conv2d(x, weight, bias, padding="same")`` of every branch.
+
+    Args:
+        x: ``[N, C, H, W]``, float32 or float64, on a CPU.
+        weights: of branch s ``[K_s, C, k_s, k_s]`` with odd ``k_s``.
+        biases: ``[K_s]`` or None.
+
+    Returns:
+        ``[N, K_s, H, W]`` of every branch.
+    """
+    parameters = [tensor for pair in zip(weights, biases, strict=True) for tensor in pair]
+    return _BranchConvolutions.apply(x.contiguous(), *parameters)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A tile along one axis: a window of pixels, and the matrix between these and what they are transformed to."""
+
+    start: int
+    stop: int
+    matrix: Tensor
+
+
+class _Transforms:
+    """The matrices A, B and D of the algorithm for maps of H x W pixels."""
+
+    def __init__(self, H: int, W: int, half: int, dtype: torch.dtype):
+        rows, columns = _Axis(H, half), _Axis(W, half)
+        self.rows, self.columns, self.dtype = rows, columns, dtype
+        self.area = rows.length * columns.length
+        # Rows of the column transform that belong to one frequency: its real and imaginary part.
+        middle = [slice(f, f + 2) for f in range(1, columns.length - 1, 2)]
+        self.frequencies = [*middle, slice(0, 1), slice(columns.length - 1, columns.length)]
+        cos_sin = _column_matrix(columns.length)
+        weight = torch.full((columns.length, 1), 2.0 / columns.length, dtype=torch.float64)
+        weight[0] = weight[-1] = 1.0 / columns.length
+        self.column_kernel = cos_sin
+        self.columns_in = columns.inputs(cos_sin, dtype)
+        self.columns_out = columns.outputs(cos_sin * weight, dtype)
+        self.row_kernel, self.rows_in, self.rows_out = {}, {}, {}
+        for planes in (1, 2):
+            into, kernel, back = _row_matrices(rows.length, planes)
+            self.row_kernel[planes] = kernel
+            self.rows_in[planes] = rows.inputs(into, dtype)
+            self.rows_out[planes] = rows.outputs(back, dtype)
+
+    @cache  # noqa: B019 (transforms are few and stay)
+    def of_kernel(self, k: int) -> tuple[Tensor, dict[int, Tensor]]:
+        """B for a kernel of k taps an axis: ``[L, k]`` along the columns, by planes ``[R, planes k]`` along the rows."""
+        # A kernel is correlated with the input, so it lies in the transform from its last tap to its first.
+        columns, rows = ((k // 2 - torch.arange(k)) % axis.length for axis in (self.columns, self.rows))
+        by_planes = {p: matrix[..., rows].flatten(1).to(self.dtype) for p, matrix in self.row_kernel.items()}
+        return self.column_kernel[:, columns].to(self.dtype), by_planes
+
+
+class _Axis:
+    """How n pixels are cut into tiles, with ``half`` more inputs than outputs on either side."""
+
+    def __init__(self, n: int, half: int):
+        count = math.ceil(n / TILE)
+        self.n, self.half, self.size = n, half, math.ceil(n / count)
+        self.starts = range(0, n, self.size)
+        self.origin = 0 if count == 1 else half  # of a tile's first output in the transform
+        self.length = self.size + half + self.origin
+        self.length += self.length % 2
+
+    def outputs(self, matrix: Tensor, dtype: torch.dtype) -> list[_Tile]:
+        """The pixels that tiles give; ``matrix [..., L]`` is cut to these."""
+        return [self._tile(start, 0, matrix, dtype) for start in self.starts]
+
+    def inputs(self, matrix: Tensor, dtype: torch.dtype) -> list[_Tile]:
+        """The pixels that tiles take, as far as they are in the map."""
+        return [self._tile(start, self.half, matrix, dtype) for start in self.starts]
+
+    def _tile(self, start: int, more: int, matrix: Tensor, dtype: torch.dtype) -> _Tile:
+        origin = start - self.origin
+        first, last = max(0, start - more), min(self.n, start + self.size + more)
+        return _Tile(first, last, matrix[..., first - origin : last - origin].to(dtype).contiguous())
+
+
+def _column_matrix(L: int) -> Tensor:
+    """Real DFT ``[L, L]``: real part of frequency 0, real and imaginary parts of 1, 2, ..., real part of L/2."""
+    cos, sin = _waves(torch.arange(L // 2 + 1), L)
+    return torch.stack([cos, -sin], 1).flatten(0, 1)[[0, *range(2, L + 1)]]
+
+
+def _row_matrices(L: int, planes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and the transpose of D along the rows, ``[R, planes, L]``, for a complex (2) or a real (1) column frequency.
+
+    Of real numbers half of the frequencies are enough; the first and the last of them are real and need one product.
+    """
+    cos, sin = _waves(torch.arange(L) if planes == 2 else torch.arange(1, L // 2), L)
+    a, b = torch.stack([cos, sin], 1)[:, :planes], torch.stack([-sin, cos], 1)[:, :planes]
+    into, kernel, back = [a + b, a, b], [a, b - a, a + b], [a + b, b, -a]
+    if planes == 2:
+        return torch.cat(into), torch.cat(kernel), torch.cat(back) / L
+    ends = _waves(torch.tensor([0, L // 2]), L)[0][:, None]
+    return torch.cat([ends, *into]), torch.cat([ends, *kernel]), torch.cat([ends, *(2 * m for m in back)]) / L
+
+
+def _waves(frequencies: Tensor, L: int) -> tuple[Tensor, Tensor]:
+    angles = (frequencies[:, None] * torch.arange(L) % L).double() * (2 * math.pi / L)
+    return angles.cos(), angles.sin()
+
+
+@cache
+def _transforms(H: int, W: int, half: int, dtype: torch.dtype) -> _Transforms:
+    with torch.inference_mode(False):  # for whoever comes next
+        return _Transforms(H, W, half, dtype)
+
+
+class _BranchConvolutions(torch.autograd.Function):
+    """The algorithm at the top of this file and its adjoint."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        """``x`` contiguous; ``parameters``: weight and bias of every branch in turn."""
+        weights, biases = parameters[::2], parameters[1::2]
+        ctx.save_for_backward(x, *weights)
+        ctx.set_materialize_grads(False)
+        N, C, H, W = x.shape
+        outputs = [_room(x, N, len(weight), H, W) for weight in weights]
+        pointwise, branches = _by_kernel(weights)
+        for s in pointwise:
+            _share(partial(_mix, weights[s].flatten(1), biases[s], x, outputs[s]), range(N))
+        t = _transforms_for(x, weights)
+        taps = {s: _to_taps(t, weights[s]) for s in branches}
+        for samples in _rounds(t, N):
+            columns = _columns(t, x, len(x[samples]), C)
+            results = {s: _columns(t, x, len(x[samples]), len(weights[s])) for s in branches}
+
+            def multiply(frequency: slice) -> None:
+                spectrum = _encode(columns, frequency, t.rows_in)
+                for s in branches:
+                    kernel = _kernel_spectrum(t, taps[s], frequency)
+                    products = _room(x, *spectrum.shape[:-1], len(weights[s]))
+                    torch.bmm(spectrum.flatten(1, 3), kernel.mT, out=products.flatten(1, 3))
+                    if frequency.start == 0 and biases[s] is not None:
+                        products[0] += biases[s] * t.area
+                    _decode(products, results[s], frequency, t.rows_out)
+
+            _share(partial(_gather, x[samples], columns, t.columns_in), range(H))
+            _share(multiply, t.frequencies)
+            for s in branches:
+                _share(partial(_scatter, results[s], outputs[s][samples], t.columns_out), range(H))
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of ``x`` and of ``parameters``."""
+        x, *weights = ctx.saved_tensors
+        N, C, H, W = x.shape
+        grads = [None if grad is None else grad.contiguous() for grad in grads]
+        grad_x = torch.zeros_like(x)
+        grad_weights: list[Tensor | None] = [None] * len(weights)
+        grad_biases: list[Tensor | None] = [None] * len(weights)
+        pointwise, branches = _by_kernel(weights)
+        for s in pointwise:
+            if grads[s] is not None:
+                parts = _room(x, N, len(weights[s]), C)
+                _share(partial(_mix_backward, weights[s].flatten(1), x, grads[s], grad_x, parts), range(N))
+                grad_weights[s], grad_biases[s] = parts.sum(0).view_as(weights[s]), grads[s].sum((0, 2, 3))
+        branches = [s for s in branches if grads[s] is not None]
+        t = _transforms_for(x, weights)
+        taps = {s: _to_taps(t, weights[s]) for s in branches}
+        grad_taps = {s: torch.zeros_like(taps[s]) for s in branches}
+        for s in branches:
+            grad_biases[s] = x.new_zeros(len(weights[s]))
+        for samples in _rounds(t, N):
+            columns, grad_columns = (_columns(t, x, len(x[samples]), C) for _ in range(2))
+            results = {s: _columns(t, x, len(x[samples]), len(weights[s])) for s in branches}
+
+            def multiply(frequency: slice) -> None:
+                spectrum = _encode(columns, frequency, t.rows_in)
+                grad_spectrum = torch.zeros_like(spectrum)
+                for s in branches:
+                    kernel = _kernel_spectrum(t, taps[s], frequency)
+                    grad = _encode(results[s], frequency, t.rows_out)
+                    grad_spectrum.flatten(1, 3).baddbmm_(grad.flatten(1, 3), kernel)
+                    torch.bmm(grad.flatten(1, 3).mT, spectrum.flatten(1, 3), out=kernel)
+                    _kernel_spectrum_backward(t, kernel, grad_taps[s], frequency)
+                    if frequency.start == 0:
+                        grad_biases[s] += grad[0].sum((0, 1, 2)) * t.area
+                _decode(grad_spectrum, grad_columns, frequency, t.rows_in, add=True)
+
+            _share(partial(_gather, x[samples], columns, t.columns_in), range(H))
+            for s in branches:
+                _share(partial(_gather, grads[s][samples], results[s], t.columns_out), range(H))
+            _share(multiply, t.frequencies)
+            _share(partial(_scatter, grad_columns, grad_x[samples], t.columns_in, add=True), range(H))
+
+        def finish(s: int) -> None:
+            grad_weights[s] = _from_taps(t, grad_taps[s])
+
+        _share(finish, branches)
+        found = [grad_x, *(grad for pair in zip(grad_weights, grad_biases, strict=True) for grad in pair)]
+        return tuple(grad if needed else None for grad, needed in zip(found, ctx.needs_input_grad, strict=True))
+
+
+def _by_kernel(weights: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """The branches that are a plain product, and the others."""
+    sizes = [weight.shape[-1] for weight in weights]
+    return [s for s, k in enumerate(sizes) if k == 1], [s for s, k in enumerate(sizes) if k > 1]
+
+
+def _transforms_for(x: Tensor, weights: Sequence[Tensor]) -> _Transforms:
+    return _transforms(*x.shape[-2:], max(weight.shape[-1] for weight in weights) // 2, x.dtype)
+
+
+def _rounds(t: _Transforms, N: int) -> Iterator[slice]:
+    """The samples in rounds of about ``ROWS`` tiles."""
+    rounds = math.ceil(N / max(1, ROWS // (len(t.rows.starts) * len(t.columns.starts))))
+    size = math.ceil(N / rounds)
+    return (slice(start, min(N, start + size)) for start in range(0, N, size))
+
+
+def _room(like: Tensor, *shape: int) -> Tensor:
+    """``like.new_empty(shape)`` by NumPy, which asks for large pages: fresh memory is several times cheaper so."""
+    return torch.from_numpy(np.empty(shape, np.float32 if like.dtype == torch.float32 else np.float64))
+
+
+def _columns(t: _Transforms, like: Tensor, n: int, channels: int) -> Tensor:
+    return _room(like, t.columns.length, t.rows.n, len(t.columns.starts), n, channels)
+
+
+# The passes. The forward pass goes from a window of inputs to a window of outputs; backward the other way round.
+
+
+def _gather(image: Tensor, columns: Tensor, tiles: Sequence[_Tile], row: int) -> None:
+    """A row of ``image [n, C, H, W]`` into ``columns [L, H, J, n, C]``."""
+    pixels = image.flatten(0, 1)[:, row]
+    for j, tile in enumerate(tiles):
+        torch.mm(tile.matrix, pixels[:, tile.start : tile.stop].T, out=columns[:, row, j].flatten(1))
+
+
+def _scatter(columns: Tensor, image: Tensor, tiles: Sequence[_Tile], row: int, add: bool = False) -> None:
+    """The transpose of :func:`_gather`; ``add`` for tiles that overlap, to what is there."""
+    pixels = image.flatten(0, 1)[:, row]
+    for j, tile in enumerate(tiles):
+        pixels[:, tile.start : tile.stop].addmm_(columns[:, row, j].flatten(1).T, tile.matrix, beta=int(add))
+
+
+def _encode(columns: Tensor, frequency: slice, by_planes: dict[int, list[_Tile]]) -> Tensor:
+    """The spectrum ``[R, I, J, n, C]`` of one column frequency."""
+    tiles = by_planes[len(columns[frequency])]
+    spectrum = _room(columns, len(tiles[0].matrix), len(tiles), *columns.shape[2:])
+    for i, tile in enumerate(tiles):
+        for plane, column in enumerate(columns[frequency]):
+            matrix = tile.matrix[:, plane]
+            spectrum[:, i].flatten(1).addmm_(matrix, column[tile.start : tile.stop].flatten(1), beta=int(plane > 0))
+    return spectrum
+
+
+def _decode(
+    spectrum: Tensor, columns: Tensor, frequency: slice, by_planes: dict[int, list[_Tile]], add: bool = False
+) -> None:
+    """The transpose of :func:`_encode`; ``add`` for tiles that overlap."""
+    if add:
+        columns[frequency].zero_()
+    for i, tile in enumerate(by_planes[len(columns[frequency])]):
+        for plane, column in enumerate(columns[frequency]):
+            matrix = tile.matrix[:, plane]
+            column[tile.start : tile.stop].flatten(1).addmm_(matrix.T, spectrum[:, i].flatten(1), beta=int(add))
+
+
+def _to_taps(t: _Transforms, weight: Tensor) -> Tensor:
+    """``weight [K, C, k, k]`` transformed along the columns: ``[L, k, K, C]``."""
+    K, C, k, _ = weight.shape
+    return (t.of_kernel(k)[0] @ weight.permute(3, 2, 0, 1).reshape(k, -1)).view(-1, k, K, C)
+
+
+def _from_taps(t: _Transforms, taps: Tensor) -> Tensor:
+    """The transpose of :func:`_to_taps`."""
+    _, k, K, C = taps.shape
+    return (t.of_kernel(k)[0].T @ taps.flatten(1)).view(k, k, K, C).permute(2, 3, 1, 0).contiguous()
+
+
+def _kernel_spectrum(t: _Transforms, taps: Tensor, frequency: slice) -> Tensor:
+    """``taps`` transformed along the rows, too, for one column frequency: ``[R, K, C]``."""
+    part = taps[frequency]
+    matrix = t.of_kernel(part.shape[1])[1][len(part)]
+    return torch.mm(matrix, part.flatten(2).flatten(0, 1), out=_room(taps, len(matrix), part[0, 0].numel())).view(
+        -1, *part.shape[2:]
+    )
+
+
+def _kernel_spectrum_backward(t: _Transforms, grad: Tensor, grad_taps: Tensor, frequency: slice) -> None:
+    """The transpose of :func:`_kernel_spectrum`, added to ``grad_taps``."""
+    part = grad_taps[frequency]
+    part.flatten(2).flatten(0, 1).addmm_(t.of_kernel(part.shape[1])[1][len(part)].T, grad.flatten(1))
+
+
+def _mix(weight: Tensor, bias: Tensor | None, x: Tensor, output: Tensor, n: int) -> None:
+    """The 1x1 convolution of a sample."""
+    torch.mm(weight, x[n].flatten(1), out=output[n].flatten(1))
+    if bias is not None:
+        output[n] += bias[:, None, None]
+
+
+def _mix_backward(weight: Tensor, x: Tensor, grad: Tensor, grad_x: Tensor, grad_weights: Tensor, n: int) -> None:
+    """Its gradients: added to ``grad_x``, and of the weight by sample ``[N, K, C]``."""
+    grad_x[n].flatten(1).addmm_(weight.T, grad[n].flatten(1))
+    torch.mm(grad[n].flatten(1), x[n].flatten(1).T, out=grad_weights[n])
+
+
+# Threads. Small products do not share well among the threads of one operation, so every thread takes operations of its
+# own. Which thread takes which does not matter: no two write to the same place.
+
+
+def _share(work: Callable[[Any], None], parts: Sequence[Any]) -> None:
+    """``work(part)`` for every part, on as many threads as torch may use."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        for part in parts:
+            work(part)
+        return
+    inference = torch.is_inference_mode_enabled()
+
+    def work_quietly(part: Any) -> None:  # modes belong to a thread
+        with torch.inference_mode(inference), torch.no_grad():
+            work(part)
+
+    list(_workers(os.getpid(), threads).map(work_quietly, parts))
+
+
+@cache
+def _workers(process: int, count: int) -> ThreadPoolExecutor:
+    """``count`` threads, in each of which torch uses one. A forked process needs its own."""
+    started = Barrier(count + 1)
+
+    def start() -> None:
+        torch.get_num_threads()  # sets what torch set for the process; after that the thread has its own number
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(count, "convolution", start)
+    for _ in range(count):
+        pool.submit(int)
+    started.wait()
+    torch.set_num_threads(count)  # the threads' setting is the default of threads that start later
+    return pool
