@@ -77,7 +77,7 @@ def results_of(x, weights, biases):
 
 @pytest.mark.parametrize("size", [(40, 24), (16, 16)])
 def test_the_result_does_not_depend_on_the_run_or_on_the_number_of_threads(size):
-    arguments = inputs(size, n=12, channels=16, outputs=16, dtype=torch.float32)
+    arguments = inputs(size, (3, 5, 7), n=12, channels=16, outputs=16, dtype=torch.float32)
     threads = torch.get_num_threads()
     try:
         results = []
@@ -92,7 +92,7 @@ def test_the_result_does_not_depend_on_the_run_or_on_the_number_of_threads(size)
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 24), (64, 64)])
 def test_a_sample_does_not_depend_on_the_rest_of_the_batch(size):
-    x, weights, biases = inputs(size, n=20, channels=64, outputs=64, dtype=torch.float32)
+    x, weights, biases = inputs(size, (3, 5, 7), n=20, channels=64, outputs=64, dtype=torch.float32)
     with torch.no_grad():
         together = branch_convolutions(x, weights, biases)
         for start, stop in ((0, 4), (3, 10), (12, 16)):

@@ -46,12 +46,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
-from threading import Barrier
+from threading import Barrier, get_ident
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["applies", "branch_convolutions"]
 
@@ -100,8 +100,12 @@ def branch_convolutions(x: Tensor, weights: Sequence[Tensor], biases: Sequence[T
     Returns:
         ``[N, K_s, H, W]`` of every branch.
     """
-    parameters = [tensor for pair in zip(weights, biases, strict=True) for tensor in pair]
-    return _BranchConvolutions.apply(x.contiguous(), *parameters)
+    wide = [s for s, weight in enumerate(weights) if weight.shape[-1] > 1]
+    found = iter(_SharedTransform.apply(x.contiguous(), *(weights[s] for s in wide), *(biases[s] for s in wide)))
+    return tuple(
+        next(found) if s in wide else nn.functional.conv2d(x, weight, bias)
+        for s, (weight, bias) in enumerate(zip(weights, biases, strict=True))
+    )
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,9 @@ class _Transforms:
         """B for a kernel of k taps an axis: ``[L, k]`` along the columns, by planes ``[R, planes k]`` along the rows."""
         # A kernel is correlated with the input, so it lies in the transform from its last tap to its first.
         columns, rows = ((k // 2 - torch.arange(k)) % axis.length for axis in (self.columns, self.rows))
-        by_planes = {p: matrix[..., rows].flatten(1).to(self.dtype) for p, matrix in self.row_kernel.items()}
+        by_planes = {
+            p: matrix[..., rows].transpose(0, 1).flatten(1).to(self.dtype) for p, matrix in self.row_kernel.items()
+        }
         return self.column_kernel[:, columns].to(self.dtype), by_planes
 
 
@@ -177,17 +183,17 @@ def _column_matrix(L: int) -> Tensor:
 
 
 def _row_matrices(L: int, planes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B and the transpose of D along the rows, ``[R, planes, L]``, for a complex (2) or a real (1) column frequency.
+    """A, B and the transpose of D along the rows, ``[planes, R, L]``, for a complex (2) or a real (1) column frequency.
 
     Of real numbers half of the frequencies are enough; the first and the last of them are real and need one product.
     """
     cos, sin = _waves(torch.arange(L) if planes == 2 else torch.arange(1, L // 2), L)
-    a, b = torch.stack([cos, sin], 1)[:, :planes], torch.stack([-sin, cos], 1)[:, :planes]
+    a, b = torch.stack([cos, sin])[:planes], torch.stack([-sin, cos])[:planes]
     into, kernel, back = [a + b, a, b], [a, b - a, a + b], [a + b, b, -a]
     if planes == 2:
-        return torch.cat(into), torch.cat(kernel), torch.cat(back) / L
-    ends = _waves(torch.tensor([0, L // 2]), L)[0][:, None]
-    return torch.cat([ends, *into]), torch.cat([ends, *kernel]), torch.cat([ends, *(2 * m for m in back)]) / L
+        return torch.cat(into, 1), torch.cat(kernel, 1), torch.cat(back, 1) / L
+    ends = _waves(torch.tensor([0, L // 2]), L)[0][None]
+    return torch.cat([ends, *into], 1), torch.cat([ends, *kernel], 1), torch.cat([ends, *(2 * m for m in back)], 1) / L
 
 
 def _waves(frequencies: Tensor, L: int) -> tuple[Tensor, Tensor]:
@@ -201,40 +207,36 @@ def _transforms(H: int, W: int, half: int, dtype: torch.dtype) -> _Transforms:
         return _Transforms(H, W, half, dtype)
 
 
-class _BranchConvolutions(torch.autograd.Function):
+class _SharedTransform(torch.autograd.Function):
     """The algorithm at the top of this file and its adjoint."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        """``x`` contiguous; ``parameters``: weight and bias of every branch in turn."""
-        weights, biases = parameters[::2], parameters[1::2]
+        """``x`` contiguous; ``parameters``: the weights of all branches, then their biases."""
+        weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
         ctx.save_for_backward(x, *weights)
         ctx.set_materialize_grads(False)
-        N, C, H, W = x.shape
-        outputs = [_room(x, N, len(weight), H, W) for weight in weights]
-        pointwise, branches = _by_kernel(weights)
-        for s in pointwise:
-            _share(partial(_mix, weights[s].flatten(1), biases[s], x, outputs[s]), range(N))
-        t = _transforms_for(x, weights)
-        taps = {s: _to_taps(t, weights[s]) for s in branches}
+        N, _, H, W = x.shape
+        t, room = _transforms_for(x, weights), _Rooms(x.dtype)
+        outputs = [room.fresh(N, len(weight), H, W) for weight in weights]
+        taps = [_to_taps(t, weight) for weight in weights]
+
+        def multiply(columns: Tensor, results: list[Tensor], frequency: slice) -> None:
+            spectrum = _encode(columns, frequency, t.rows_in, room, "X")
+            for kernel_taps, bias, result in zip(taps, biases, results, strict=True):
+                kernel = _kernel_spectrum(t, kernel_taps, frequency, room)
+                products = room("P", *spectrum.shape[:-1], kernel.shape[1])
+                torch.bmm(spectrum.flatten(1, 3), kernel.mT, out=products.flatten(1, 3))
+                if frequency.start == 0 and bias is not None:
+                    products[0] += bias * t.area
+                _decode(products, result, frequency, t.rows_out)
+
         for samples in _rounds(t, N):
-            columns = _columns(t, x, len(x[samples]), C)
-            results = {s: _columns(t, x, len(x[samples]), len(weights[s])) for s in branches}
-
-            def multiply(frequency: slice) -> None:
-                spectrum = _encode(columns, frequency, t.rows_in)
-                for s in branches:
-                    kernel = _kernel_spectrum(t, taps[s], frequency)
-                    products = _room(x, *spectrum.shape[:-1], len(weights[s]))
-                    torch.bmm(spectrum.flatten(1, 3), kernel.mT, out=products.flatten(1, 3))
-                    if frequency.start == 0 and biases[s] is not None:
-                        products[0] += biases[s] * t.area
-                    _decode(products, results[s], frequency, t.rows_out)
-
-            _share(partial(_gather, x[samples], columns, t.columns_in), range(H))
-            _share(multiply, t.frequencies)
-            for s in branches:
-                _share(partial(_scatter, results[s], outputs[s][samples], t.columns_out), range(H))
+            columns = _gather(x[samples], t, t.columns_in, room, "columns")
+            results = [room(f"columns {s}", *columns.shape[:-1], len(w)) for s, w in enumerate(weights)]
+            _share(partial(multiply, columns, results), t.frequencies)
+            for result, output in zip(results, outputs, strict=True):
+                _scatter(result, output[samples], t.columns_out)
         return tuple(outputs)
 
     @staticmethod
@@ -242,58 +244,41 @@ class _BranchConvolutions(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of ``x`` and of ``parameters``."""
         x, *weights = ctx.saved_tensors
-        N, C, H, W = x.shape
-        grads = [None if grad is None else grad.contiguous() for grad in grads]
-        grad_x = torch.zeros_like(x)
-        grad_weights: list[Tensor | None] = [None] * len(weights)
-        grad_biases: list[Tensor | None] = [None] * len(weights)
-        pointwise, branches = _by_kernel(weights)
-        for s in pointwise:
-            if grads[s] is not None:
-                parts = _room(x, N, len(weights[s]), C)
-                _share(partial(_mix_backward, weights[s].flatten(1), x, grads[s], grad_x, parts), range(N))
-                grad_weights[s], grad_biases[s] = parts.sum(0).view_as(weights[s]), grads[s].sum((0, 2, 3))
-        branches = [s for s in branches if grads[s] is not None]
-        t = _transforms_for(x, weights)
-        taps = {s: _to_taps(t, weights[s]) for s in branches}
-        grad_taps = {s: torch.zeros_like(taps[s]) for s in branches}
-        for s in branches:
-            grad_biases[s] = x.new_zeros(len(weights[s]))
-        for samples in _rounds(t, N):
-            columns, grad_columns = (_columns(t, x, len(x[samples]), C) for _ in range(2))
-            results = {s: _columns(t, x, len(x[samples]), len(weights[s])) for s in branches}
+        present = [s for s, grad in enumerate(grads) if grad is not None]
+        if not present:
+            return (None,) * len(ctx.needs_input_grad)
+        grads = [grads[s].contiguous() for s in present]
+        t, room = _transforms_for(x, weights), _Rooms(x.dtype)
+        taps = [_to_taps(t, weights[s]) for s in present]
+        grad_x = room.fresh(*x.shape).zero_()
+        grad_taps = [torch.zeros_like(one) for one in taps]
+        grad_biases = [x.new_zeros(len(weights[s])) for s in present]
 
-            def multiply(frequency: slice) -> None:
-                spectrum = _encode(columns, frequency, t.rows_in)
-                grad_spectrum = torch.zeros_like(spectrum)
-                for s in branches:
-                    kernel = _kernel_spectrum(t, taps[s], frequency)
-                    grad = _encode(results[s], frequency, t.rows_out)
-                    grad_spectrum.flatten(1, 3).baddbmm_(grad.flatten(1, 3), kernel)
-                    torch.bmm(grad.flatten(1, 3).mT, spectrum.flatten(1, 3), out=kernel)
-                    _kernel_spectrum_backward(t, kernel, grad_taps[s], frequency)
-                    if frequency.start == 0:
-                        grad_biases[s] += grad[0].sum((0, 1, 2)) * t.area
-                _decode(grad_spectrum, grad_columns, frequency, t.rows_in, add=True)
+        def multiply(columns: Tensor, grad_columns: Tensor, results: list[Tensor], frequency: slice) -> None:
+            spectrum = _encode(columns, frequency, t.rows_in, room, "X")
+            grad_spectrum = room("grad X", *spectrum.shape)
+            for s, result in enumerate(results):
+                kernel = _kernel_spectrum(t, taps[s], frequency, room)
+                grad = _encode(result, frequency, t.rows_out, room, "P")
+                grad_spectrum.flatten(1, 3).baddbmm_(grad.flatten(1, 3), kernel, beta=int(s > 0))
+                torch.bmm(grad.flatten(1, 3).mT, spectrum.flatten(1, 3), out=kernel)
+                _kernel_spectrum_backward(t, kernel, grad_taps[s], frequency)
+                if frequency.start == 0:
+                    grad_biases[s] += grad[0].sum((0, 1, 2)) * t.area
+            _decode(grad_spectrum, grad_columns, frequency, t.rows_in, add=True)
 
-            _share(partial(_gather, x[samples], columns, t.columns_in), range(H))
-            for s in branches:
-                _share(partial(_gather, grads[s][samples], results[s], t.columns_out), range(H))
-            _share(multiply, t.frequencies)
-            _share(partial(_scatter, grad_columns, grad_x[samples], t.columns_in, add=True), range(H))
-
-        def finish(s: int) -> None:
-            grad_weights[s] = _from_taps(t, grad_taps[s])
-
-        _share(finish, branches)
-        found = [grad_x, *(grad for pair in zip(grad_weights, grad_biases, strict=True) for grad in pair)]
+        for samples in _rounds(t, len(x)):
+            columns = _gather(x[samples], t, t.columns_in, room, "columns")
+            grad_columns = room("grad columns", *columns.shape)
+            results = [_gather(grad[samples], t, t.columns_out, room, f"columns {s}") for s, grad in enumerate(grads)]
+            _share(partial(multiply, columns, grad_columns, results), t.frequencies)
+            _scatter(grad_columns, grad_x[samples], t.columns_in, add=True)
+        found: list[Tensor | None] = [grad_x, *[None] * (2 * len(weights))]
+        for s, grad_weight, grad_bias in zip(
+            present, _share(partial(_from_taps, t), grad_taps), grad_biases, strict=True
+        ):
+            found[1 + s], found[1 + len(weights) + s] = grad_weight, grad_bias
         return tuple(grad if needed else None for grad, needed in zip(found, ctx.needs_input_grad, strict=True))
-
-
-def _by_kernel(weights: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    """The branches that are a plain product, and the others."""
-    sizes = [weight.shape[-1] for weight in weights]
-    return [s for s, k in enumerate(sizes) if k == 1], [s for s, k in enumerate(sizes) if k > 1]
 
 
 def _transforms_for(x: Tensor, weights: Sequence[Tensor]) -> _Transforms:
@@ -307,39 +292,58 @@ def _rounds(t: _Transforms, N: int) -> Iterator[slice]:
     return (slice(start, min(N, start + size)) for start in range(0, N, size))
 
 
-def _room(like: Tensor, *shape: int) -> Tensor:
-    """``like.new_empty(shape)`` by NumPy, which asks for large pages: fresh memory is several times cheaper so."""
-    return torch.from_numpy(np.empty(shape, np.float32 if like.dtype == torch.float32 else np.float64))
+class _Rooms:
+    """Memory for what is in between, by name and thread, used again until the call ends: fresh memory is dear."""
 
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = np.float32 if dtype == torch.float32 else np.float64
+        self.kept: dict[tuple[str, int], Tensor] = {}
 
-def _columns(t: _Transforms, like: Tensor, n: int, channels: int) -> Tensor:
-    return _room(like, t.columns.length, t.rows.n, len(t.columns.starts), n, channels)
+    def fresh(self, *shape: int) -> Tensor:
+        """By NumPy, which asks the system for large pages: several times cheaper than small ones."""
+        return torch.from_numpy(np.empty(shape, self.dtype))
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        key, size = (name, get_ident()), math.prod(shape)
+        if key not in self.kept or len(self.kept[key]) < size:
+            self.kept[key] = self.fresh(size)
+        return self.kept[key][:size].view(shape)
 
 
 # The passes. The forward pass goes from a window of inputs to a window of outputs; backward the other way round.
 
 
-def _gather(image: Tensor, columns: Tensor, tiles: Sequence[_Tile], row: int) -> None:
-    """A row of ``image [n, C, H, W]`` into ``columns [L, H, J, n, C]``."""
-    pixels = image.flatten(0, 1)[:, row]
-    for j, tile in enumerate(tiles):
-        torch.mm(tile.matrix, pixels[:, tile.start : tile.stop].T, out=columns[:, row, j].flatten(1))
+def _gather(image: Tensor, t: _Transforms, tiles: Sequence[_Tile], room: _Rooms, name: str) -> Tensor:
+    """``columns [L, H, J, n, C]`` of ``image [n, C, H, W]``."""
+    n, C, H, _ = image.shape
+    columns = room(name, t.columns.length, H, len(tiles), n, C)
+
+    def gather(row: int) -> None:
+        pixels = image.flatten(0, 1)[:, row]
+        for j, tile in enumerate(tiles):
+            torch.mm(tile.matrix, pixels[:, tile.start : tile.stop].T, out=columns[:, row, j].flatten(1))
+
+    _share(gather, range(H))
+    return columns
 
 
-def _scatter(columns: Tensor, image: Tensor, tiles: Sequence[_Tile], row: int, add: bool = False) -> None:
+def _scatter(columns: Tensor, image: Tensor, tiles: Sequence[_Tile], add: bool = False) -> None:
     """The transpose of :func:`_gather`; ``add`` for tiles that overlap, to what is there."""
-    pixels = image.flatten(0, 1)[:, row]
-    for j, tile in enumerate(tiles):
-        pixels[:, tile.start : tile.stop].addmm_(columns[:, row, j].flatten(1).T, tile.matrix, beta=int(add))
+
+    def scatter(row: int) -> None:
+        pixels = image.flatten(0, 1)[:, row]
+        for j, tile in enumerate(tiles):
+            pixels[:, tile.start : tile.stop].addmm_(columns[:, row, j].flatten(1).T, tile.matrix, beta=int(add))
+
+    _share(scatter, range(columns.shape[1]))
 
 
-def _encode(columns: Tensor, frequency: slice, by_planes: dict[int, list[_Tile]]) -> Tensor:
+def _encode(columns: Tensor, frequency: slice, by_planes: dict[int, list[_Tile]], room: _Rooms, name: str) -> Tensor:
     """The spectrum ``[R, I, J, n, C]`` of one column frequency."""
     tiles = by_planes[len(columns[frequency])]
-    spectrum = _room(columns, len(tiles[0].matrix), len(tiles), *columns.shape[2:])
+    spectrum = room(name, tiles[0].matrix.shape[1], len(tiles), *columns.shape[2:])
     for i, tile in enumerate(tiles):
-        for plane, column in enumerate(columns[frequency]):
-            matrix = tile.matrix[:, plane]
+        for plane, (column, matrix) in enumerate(zip(columns[frequency], tile.matrix, strict=True)):
             spectrum[:, i].flatten(1).addmm_(matrix, column[tile.start : tile.stop].flatten(1), beta=int(plane > 0))
     return spectrum
 
@@ -351,8 +355,7 @@ def _decode(
     if add:
         columns[frequency].zero_()
     for i, tile in enumerate(by_planes[len(columns[frequency])]):
-        for plane, column in enumerate(columns[frequency]):
-            matrix = tile.matrix[:, plane]
+        for column, matrix in zip(columns[frequency], tile.matrix, strict=True):
             column[tile.start : tile.stop].flatten(1).addmm_(matrix.T, spectrum[:, i].flatten(1), beta=int(add))
 
 
@@ -368,52 +371,37 @@ def _from_taps(t: _Transforms, taps: Tensor) -> Tensor:
     return (t.of_kernel(k)[0].T @ taps.flatten(1)).view(k, k, K, C).permute(2, 3, 1, 0).contiguous()
 
 
-def _kernel_spectrum(t: _Transforms, taps: Tensor, frequency: slice) -> Tensor:
+def _kernel_spectrum(t: _Transforms, taps: Tensor, frequency: slice, room: _Rooms) -> Tensor:
     """``taps`` transformed along the rows, too, for one column frequency: ``[R, K, C]``."""
-    part = taps[frequency]
-    matrix = t.of_kernel(part.shape[1])[1][len(part)]
-    return torch.mm(matrix, part.flatten(2).flatten(0, 1), out=_room(taps, len(matrix), part[0, 0].numel())).view(
-        -1, *part.shape[2:]
-    )
+    planes, k, K, C = taps[frequency].shape
+    matrix = t.of_kernel(k)[1][planes]
+    spectrum = room("W", len(matrix), K, C)
+    torch.mm(matrix, taps[frequency].view(planes * k, K * C), out=spectrum.flatten(1))
+    return spectrum
 
 
 def _kernel_spectrum_backward(t: _Transforms, grad: Tensor, grad_taps: Tensor, frequency: slice) -> None:
     """The transpose of :func:`_kernel_spectrum`, added to ``grad_taps``."""
-    part = grad_taps[frequency]
-    part.flatten(2).flatten(0, 1).addmm_(t.of_kernel(part.shape[1])[1][len(part)].T, grad.flatten(1))
-
-
-def _mix(weight: Tensor, bias: Tensor | None, x: Tensor, output: Tensor, n: int) -> None:
-    """The 1x1 convolution of a sample."""
-    torch.mm(weight, x[n].flatten(1), out=output[n].flatten(1))
-    if bias is not None:
-        output[n] += bias[:, None, None]
-
-
-def _mix_backward(weight: Tensor, x: Tensor, grad: Tensor, grad_x: Tensor, grad_weights: Tensor, n: int) -> None:
-    """Its gradients: added to ``grad_x``, and of the weight by sample ``[N, K, C]``."""
-    grad_x[n].flatten(1).addmm_(weight.T, grad[n].flatten(1))
-    torch.mm(grad[n].flatten(1), x[n].flatten(1).T, out=grad_weights[n])
+    planes, k, K, C = grad_taps[frequency].shape
+    grad_taps[frequency].view(planes * k, K * C).addmm_(t.of_kernel(k)[1][planes].T, grad.flatten(1))
 
 
 # Threads. Small products do not share well among the threads of one operation, so every thread takes operations of its
 # own. Which thread takes which does not matter: no two write to the same place.
 
 
-def _share(work: Callable[[Any], None], parts: Sequence[Any]) -> None:
+def _share(work: Callable[[Any], Any], parts: Sequence[Any]) -> list[Any]:
     """``work(part)`` for every part, on as many threads as torch may use."""
     threads = torch.get_num_threads()
     if threads == 1:
-        for part in parts:
-            work(part)
-        return
+        return [work(part) for part in parts]
     inference = torch.is_inference_mode_enabled()
 
-    def work_quietly(part: Any) -> None:  # modes belong to a thread
+    def work_without_gradient(part: Any) -> Any:  # modes belong to a thread
         with torch.inference_mode(inference), torch.no_grad():
-            work(part)
+            return work(part)
 
-    list(_workers(os.getpid(), threads).map(work_quietly, parts))
+    return list(_workers(os.getpid(), threads).map(work_without_gradient, parts))
 
 
 @cache
