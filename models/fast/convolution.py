@@ -56,7 +56,8 @@ from torch import Tensor, nn
 __all__ = ["applies", "branch_convolutions"]
 
 TILE = 16  # outputs of a tile along an axis, at most: larger ones make the transforms dearer than they save products
-ROWS = 128  # tiles times samples of one round, about: what all frequencies of it need stays small
+ROWS = 256  # tiles times samples of one round, about: what all frequencies of it need stays small
+PART = 3 * 2**19  # elements of the kernels' spectra that are made at once, about: they stay in the cache
 LEAST_PIXELS, LEAST_VALUES = 2**10, 2**18  # of an input for which this is faster than direct convolutions
 
 
@@ -218,15 +219,15 @@ class _SharedTransform(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         N, _, H, W = x.shape
         t, room = _transforms_for(x, weights), _Rooms(x.dtype)
-        outputs = [room.fresh(N, len(weight), H, W) for weight in weights]
-        taps = [_to_taps(t, weight) for weight in weights]
+        outputs = [_room(x.dtype, N, len(weight), H, W) for weight in weights]
+        taps = _share(partial(_to_taps, t), weights)
 
         def multiply(columns: Tensor, results: list[Tensor], frequency: slice) -> None:
             spectrum = _encode(columns, frequency, t.rows_in, room, "X")
             for kernel_taps, bias, result in zip(taps, biases, results, strict=True):
-                kernel = _kernel_spectrum(t, kernel_taps, frequency, room)
-                products = room("P", *spectrum.shape[:-1], kernel.shape[1])
-                torch.bmm(spectrum.flatten(1, 3), kernel.mT, out=products.flatten(1, 3))
+                products = room("P", *spectrum.shape[:-1], kernel_taps.shape[2])
+                for part, kernel in _kernel_spectrum(t, kernel_taps, frequency, room):
+                    torch.bmm(spectrum[part].flatten(1, 3), kernel.mT, out=products[part].flatten(1, 3))
                 if frequency.start == 0 and bias is not None:
                     products[0] += bias * t.area
                 _decode(products, result, frequency, t.rows_out)
@@ -249,20 +250,21 @@ class _SharedTransform(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         grads = [grads[s].contiguous() for s in present]
         t, room = _transforms_for(x, weights), _Rooms(x.dtype)
-        taps = [_to_taps(t, weights[s]) for s in present]
-        grad_x = room.fresh(*x.shape).zero_()
-        grad_taps = [torch.zeros_like(one) for one in taps]
+        taps = _share(partial(_to_taps, t), [weights[s] for s in present])
+        grad_x = _room(x.dtype, *x.shape).zero_()
+        grad_taps = [_room(x.dtype, *one.shape).zero_() for one in taps]
         grad_biases = [x.new_zeros(len(weights[s])) for s in present]
 
         def multiply(columns: Tensor, grad_columns: Tensor, results: list[Tensor], frequency: slice) -> None:
             spectrum = _encode(columns, frequency, t.rows_in, room, "X")
             grad_spectrum = room("grad X", *spectrum.shape)
             for s, result in enumerate(results):
-                kernel = _kernel_spectrum(t, taps[s], frequency, room)
                 grad = _encode(result, frequency, t.rows_out, room, "P")
-                grad_spectrum.flatten(1, 3).baddbmm_(grad.flatten(1, 3), kernel, beta=int(s > 0))
-                torch.bmm(grad.flatten(1, 3).mT, spectrum.flatten(1, 3), out=kernel)
-                _kernel_spectrum_backward(t, kernel, grad_taps[s], frequency)
+                for part, kernel in _kernel_spectrum(t, taps[s], frequency, room):
+                    grad_part = grad[part].flatten(1, 3)
+                    grad_spectrum[part].flatten(1, 3).baddbmm_(grad_part, kernel, beta=int(s > 0))
+                    torch.bmm(grad_part.mT, spectrum[part].flatten(1, 3), out=kernel)
+                    _kernel_spectrum_backward(t, kernel, grad_taps[s], frequency, part)
                 if frequency.start == 0:
                     grad_biases[s] += grad[0].sum((0, 1, 2)) * t.area
             _decode(grad_spectrum, grad_columns, frequency, t.rows_in, add=True)
@@ -292,21 +294,22 @@ def _rounds(t: _Transforms, N: int) -> Iterator[slice]:
     return (slice(start, min(N, start + size)) for start in range(0, N, size))
 
 
+def _room(dtype: torch.dtype, *shape: int) -> Tensor:
+    """``torch.empty`` by NumPy, which asks the system for large pages: several times cheaper than small ones."""
+    return torch.from_numpy(np.empty(shape, np.float32 if dtype == torch.float32 else np.float64))
+
+
 class _Rooms:
     """Memory for what is in between, by name and thread, used again until the call ends: fresh memory is dear."""
 
     def __init__(self, dtype: torch.dtype):
-        self.dtype = np.float32 if dtype == torch.float32 else np.float64
+        self.dtype = dtype
         self.kept: dict[tuple[str, int], Tensor] = {}
-
-    def fresh(self, *shape: int) -> Tensor:
-        """By NumPy, which asks the system for large pages: several times cheaper than small ones."""
-        return torch.from_numpy(np.empty(shape, self.dtype))
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         key, size = (name, get_ident()), math.prod(shape)
         if key not in self.kept or len(self.kept[key]) < size:
-            self.kept[key] = self.fresh(size)
+            self.kept[key] = _room(self.dtype, size)
         return self.kept[key][:size].view(shape)
 
 
@@ -362,7 +365,9 @@ def _decode(
 def _to_taps(t: _Transforms, weight: Tensor) -> Tensor:
     """``weight [K, C, k, k]`` transformed along the columns: ``[L, k, K, C]``."""
     K, C, k, _ = weight.shape
-    return (t.of_kernel(k)[0] @ weight.permute(3, 2, 0, 1).reshape(k, -1)).view(-1, k, K, C)
+    taps = _room(weight.dtype, t.columns.length, k, K, C)
+    torch.mm(t.of_kernel(k)[0], weight.permute(3, 2, 0, 1).reshape(k, -1), out=taps.flatten(1))
+    return taps
 
 
 def _from_taps(t: _Transforms, taps: Tensor) -> Tensor:
@@ -371,19 +376,22 @@ def _from_taps(t: _Transforms, taps: Tensor) -> Tensor:
     return (t.of_kernel(k)[0].T @ taps.flatten(1)).view(k, k, K, C).permute(2, 3, 1, 0).contiguous()
 
 
-def _kernel_spectrum(t: _Transforms, taps: Tensor, frequency: slice, room: _Rooms) -> Tensor:
-    """``taps`` transformed along the rows, too, for one column frequency: ``[R, K, C]``."""
+def _kernel_spectrum(t: _Transforms, taps: Tensor, frequency: slice, room: _Rooms) -> Iterator[tuple[slice, Tensor]]:
+    """``taps`` transformed along the rows, too, for one column frequency: some of R at a time, ``[part, K, C]``."""
     planes, k, K, C = taps[frequency].shape
     matrix = t.of_kernel(k)[1][planes]
-    spectrum = room("W", len(matrix), K, C)
-    torch.mm(matrix, taps[frequency].view(planes * k, K * C), out=spectrum.flatten(1))
-    return spectrum
+    size = math.ceil(len(matrix) / math.ceil(len(matrix) * K * C / PART))
+    for start in range(0, len(matrix), size):
+        part = slice(start, min(len(matrix), start + size))
+        spectrum = room("W", part.stop - start, K, C)
+        torch.mm(matrix[part], taps[frequency].view(planes * k, K * C), out=spectrum.flatten(1))
+        yield part, spectrum
 
 
-def _kernel_spectrum_backward(t: _Transforms, grad: Tensor, grad_taps: Tensor, frequency: slice) -> None:
-    """The transpose of :func:`_kernel_spectrum`, added to ``grad_taps``."""
+def _kernel_spectrum_backward(t: _Transforms, grad: Tensor, grad_taps: Tensor, frequency: slice, part: slice) -> None:
+    """The transpose of a part of :func:`_kernel_spectrum`, added to ``grad_taps``."""
     planes, k, K, C = grad_taps[frequency].shape
-    grad_taps[frequency].view(planes * k, K * C).addmm_(t.of_kernel(k)[1][planes].T, grad.flatten(1))
+    grad_taps[frequency].view(planes * k, K * C).addmm_(t.of_kernel(k)[1][planes][part].T, grad.flatten(1))
 
 
 # Threads. Small products do not share well among the threads of one operation, so every thread takes operations of its
