@@ -56,8 +56,8 @@ from torch import Tensor, nn
 __all__ = ["applies", "branch_convolutions"]
 
 TILE = 16  # outputs of a tile along an axis, at most: larger ones make the transforms dearer than they save products
-ROWS = 256  # tiles times samples of one round, about: what all frequencies of it need stays small
-PART = 3 * 2**19  # elements of the kernels' spectra that are made at once, about: they stay in the cache
+ROWS = 128  # tiles times samples of one round, about: what all frequencies of it need stays small
+PART = 2**19  # elements of the kernels' spectra that are made at once, about: they stay in the cache
 LEAST_PIXELS, LEAST_VALUES = 2**10, 2**18  # of an input for which this is faster than direct convolutions
 
 
@@ -119,37 +119,33 @@ class _Tile:
 
 
 class _Transforms:
-    """The matrices A, B and D of the algorithm for maps of H x W pixels."""
+    """The matrices of the algorithm for maps of H x W pixels."""
 
     def __init__(self, H: int, W: int, half: int, dtype: torch.dtype):
-        rows, columns = _Axis(H, half), _Axis(W, half)
-        self.rows, self.columns, self.dtype = rows, columns, dtype
-        self.area = rows.length * columns.length
-        # Rows of the column transform that belong to one frequency: its real and imaginary part.
-        middle = [slice(f, f + 2) for f in range(1, columns.length - 1, 2)]
-        self.frequencies = [*middle, slice(0, 1), slice(columns.length - 1, columns.length)]
-        cos_sin = _column_matrix(columns.length)
-        weight = torch.full((columns.length, 1), 2.0 / columns.length, dtype=torch.float64)
-        weight[0] = weight[-1] = 1.0 / columns.length
-        self.column_kernel = cos_sin
-        self.columns_in = columns.inputs(cos_sin, dtype)
-        self.columns_out = columns.outputs(cos_sin * weight, dtype)
-        self.row_kernel, self.rows_in, self.rows_out = {}, {}, {}
-        for planes in (1, 2):
-            into, kernel, back = _row_matrices(rows.length, planes)
-            self.row_kernel[planes] = kernel
-            self.rows_in[planes] = rows.inputs(into, dtype)
-            self.rows_out[planes] = rows.outputs(back, dtype)
+        self.rows, self.columns, self.dtype = _Axis(H, half), _Axis(W, half), dtype
+        self.area = self.rows.length * self.columns.length
+        # Of every column frequency the real part, then the imaginary part.
+        middle = range(2, self.columns.length // 2 + 1)
+        self.columns.dft = self.columns.dft[[0, 1, *(row for f in middle for row in (f, f + len(middle)))]]
+        self.frequencies = [slice(2 * f - 2, 2 * f) for f in middle] + [slice(0, 1), slice(1, 2)]
+        self.columns_in, self.columns_out = self.columns.inputs(dtype), self.columns.outputs(dtype, real=True)
+        self.rows_in = dict.fromkeys((1, 2), self.rows.inputs(dtype))
+        self.rows_out = {planes: self.rows.outputs(dtype, real=planes == 1) for planes in (1, 2)}
 
     @cache  # noqa: B019 (transforms are few and stay)
     def of_kernel(self, k: int) -> tuple[Tensor, dict[int, Tensor]]:
         """B for a kernel of k taps an axis: ``[L, k]`` along the columns, by planes ``[R, planes k]`` along the rows."""
-        # A kernel is correlated with the input, so it lies in the transform from its last tap to its first.
-        columns, rows = ((k // 2 - torch.arange(k)) % axis.length for axis in (self.columns, self.rows))
-        by_planes = {
-            p: matrix[..., rows].transpose(0, 1).flatten(1).to(self.dtype) for p, matrix in self.row_kernel.items()
-        }
-        return self.column_kernel[:, columns].to(self.dtype), by_planes
+        columns, rows = (axis.kernel(k) for axis in (self.columns, self.rows))
+        along_rows = {}
+        for planes in (1, 2):
+            each = torch.zeros(planes, len(rows), planes, k, dtype=torch.float64)
+            for plane in range(planes):
+                each[plane, :, plane] = rows
+            _combine(each, into := torch.empty(_products(len(rows), planes), planes, k, dtype=torch.float64), "x")
+            both, a, b = into[-(len(into) // 3) * 3 :].clone().chunk(3)
+            into[-3 * len(a) :] = torch.cat([a, b - a, -both])
+            along_rows[planes] = into.flatten(1).to(self.dtype)
+        return columns.to(self.dtype), along_rows
 
 
 class _Axis:
@@ -161,45 +157,35 @@ class _Axis:
         self.starts = range(0, n, self.size)
         self.origin = 0 if count == 1 else half  # of a tile's first output in the transform
         self.length = self.size + half + self.origin
-        self.length += self.length % 2
+        self.length = max(4, self.length + self.length % 2)
 
-    def outputs(self, matrix: Tensor, dtype: torch.dtype) -> list[_Tile]:
-        """The pixels that tiles give; ``matrix [..., L]`` is cut to these."""
-        return [self._tile(start, 0, matrix, dtype) for start in self.starts]
+        self.dft = _real_dft(self.length)
 
-    def inputs(self, matrix: Tensor, dtype: torch.dtype) -> list[_Tile]:
+    def inputs(self, dtype: torch.dtype) -> list[_Tile]:
         """The pixels that tiles take, as far as they are in the map."""
-        return [self._tile(start, self.half, matrix, dtype) for start in self.starts]
+        return [self._tile(start, self.half, self.dft.to(dtype)) for start in self.starts]
 
-    def _tile(self, start: int, more: int, matrix: Tensor, dtype: torch.dtype) -> _Tile:
+    def outputs(self, dtype: torch.dtype, real: bool) -> list[_Tile]:
+        """The pixels that tiles give, with the inverse transform to ``real`` or to complex numbers, transposed."""
+        weight = torch.full((self.length, 1), (2.0 if real else 1.0) / self.length, dtype=torch.float64)
+        weight[:2] = 1.0 / self.length
+        return [self._tile(start, 0, (self.dft * weight).to(dtype)) for start in self.starts]
+
+    def kernel(self, k: int) -> Tensor:
+        """``[L, k]``. It is correlated with the input, so it lies in the transform from its last tap to its first."""
+        return self.dft[:, (k // 2 - torch.arange(k)) % self.length]
+
+    def _tile(self, start: int, more: int, matrix: Tensor) -> _Tile:
         origin = start - self.origin
         first, last = max(0, start - more), min(self.n, start + self.size + more)
-        return _Tile(first, last, matrix[..., first - origin : last - origin].to(dtype).contiguous())
+        return _Tile(first, last, matrix[:, first - origin : last - origin].contiguous())
 
 
-def _column_matrix(L: int) -> Tensor:
-    """Real DFT ``[L, L]``: real part of frequency 0, real and imaginary parts of 1, 2, ..., real part of L/2."""
-    cos, sin = _waves(torch.arange(L // 2 + 1), L)
-    return torch.stack([cos, -sin], 1).flatten(0, 1)[[0, *range(2, L + 1)]]
-
-
-def _row_matrices(L: int, planes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B and the transpose of D along the rows, ``[planes, R, L]``, for a complex (2) or a real (1) column frequency.
-
-    Of real numbers half of the frequencies are enough; the first and the last of them are real and need one product.
-    """
-    cos, sin = _waves(torch.arange(L) if planes == 2 else torch.arange(1, L // 2), L)
-    a, b = torch.stack([cos, sin])[:planes], torch.stack([-sin, cos])[:planes]
-    into, kernel, back = [a + b, a, b], [a, b - a, a + b], [a + b, b, -a]
-    if planes == 2:
-        return torch.cat(into, 1), torch.cat(kernel, 1), torch.cat(back, 1) / L
-    ends = _waves(torch.tensor([0, L // 2]), L)[0][None]
-    return torch.cat([ends, *into], 1), torch.cat([ends, *kernel], 1), torch.cat([ends, *(2 * m for m in back)], 1) / L
-
-
-def _waves(frequencies: Tensor, L: int) -> tuple[Tensor, Tensor]:
-    angles = (frequencies[:, None] * torch.arange(L) % L).double() * (2 * math.pi / L)
-    return angles.cos(), angles.sin()
+def _real_dft(L: int) -> Tensor:
+    """``[L, L]``: real parts of the frequencies 0, L/2, 1, 2, ...; then minus the imaginary parts of 1, 2, ..."""
+    f = torch.tensor([0, L // 2, *range(1, L // 2)])
+    angles = (f[:, None] * torch.arange(L) % L).double() * (2 * math.pi / L)
+    return torch.cat([angles.cos(), angles[2:].sin()])
 
 
 @cache
@@ -223,14 +209,14 @@ class _SharedTransform(torch.autograd.Function):
         taps = _share(partial(_to_taps, t), weights)
 
         def multiply(columns: Tensor, results: list[Tensor], frequency: slice) -> None:
-            spectrum = _encode(columns, frequency, t.rows_in, room, "X")
+            spectrum = _encode(columns, frequency, t.rows_in, room, "X", "x")
             for kernel_taps, bias, result in zip(taps, biases, results, strict=True):
                 products = room("P", *spectrum.shape[:-1], kernel_taps.shape[2])
                 for part, kernel in _kernel_spectrum(t, kernel_taps, frequency, room):
                     torch.bmm(spectrum[part].flatten(1, 3), kernel.mT, out=products[part].flatten(1, 3))
                 if frequency.start == 0 and bias is not None:
                     products[0] += bias * t.area
-                _decode(products, result, frequency, t.rows_out)
+                _decode(products, result, frequency, t.rows_out, room, "y")
 
         for samples in _rounds(t, N):
             columns = _gather(x[samples], t, t.columns_in, room, "columns")
@@ -256,10 +242,10 @@ class _SharedTransform(torch.autograd.Function):
         grad_biases = [x.new_zeros(len(weights[s])) for s in present]
 
         def multiply(columns: Tensor, grad_columns: Tensor, results: list[Tensor], frequency: slice) -> None:
-            spectrum = _encode(columns, frequency, t.rows_in, room, "X")
+            spectrum = _encode(columns, frequency, t.rows_in, room, "X", "x")
             grad_spectrum = room("grad X", *spectrum.shape)
             for s, result in enumerate(results):
-                grad = _encode(result, frequency, t.rows_out, room, "P")
+                grad = _encode(result, frequency, t.rows_out, room, "P", "y")
                 for part, kernel in _kernel_spectrum(t, taps[s], frequency, room):
                     grad_part = grad[part].flatten(1, 3)
                     grad_spectrum[part].flatten(1, 3).baddbmm_(grad_part, kernel, beta=int(s > 0))
@@ -267,7 +253,7 @@ class _SharedTransform(torch.autograd.Function):
                     _kernel_spectrum_backward(t, kernel, grad_taps[s], frequency, part)
                 if frequency.start == 0:
                     grad_biases[s] += grad[0].sum((0, 1, 2)) * t.area
-            _decode(grad_spectrum, grad_columns, frequency, t.rows_in, add=True)
+            _decode(grad_spectrum, grad_columns, frequency, t.rows_in, room, "x", add=True)
 
         for samples in _rounds(t, len(x)):
             columns = _gather(x[samples], t, t.columns_in, room, "columns")
@@ -341,25 +327,92 @@ def _scatter(columns: Tensor, image: Tensor, tiles: Sequence[_Tile], add: bool =
     _share(scatter, range(columns.shape[1]))
 
 
-def _encode(columns: Tensor, frequency: slice, by_planes: dict[int, list[_Tile]], room: _Rooms, name: str) -> Tensor:
+def _encode(
+    columns: Tensor, frequency: slice, by_planes: dict[int, list[_Tile]], room: _Rooms, name: str, order: str
+) -> Tensor:
     """The spectrum ``[R, I, J, n, C]`` of one column frequency."""
-    tiles = by_planes[len(columns[frequency])]
-    spectrum = room(name, tiles[0].matrix.shape[1], len(tiles), *columns.shape[2:])
+    planes = columns[frequency]
+    tiles = by_planes[len(planes)]
+    waves = room("waves", len(planes), len(tiles[0].matrix), len(tiles), *columns.shape[2:])
+    spectrum = room(name, _products(waves.shape[1], len(planes)), *waves.shape[2:])
     for i, tile in enumerate(tiles):
-        for plane, (column, matrix) in enumerate(zip(columns[frequency], tile.matrix, strict=True)):
-            spectrum[:, i].flatten(1).addmm_(matrix, column[tile.start : tile.stop].flatten(1), beta=int(plane > 0))
+        for wave, column in zip(waves, planes, strict=True):
+            torch.mm(tile.matrix, column[tile.start : tile.stop].flatten(1), out=wave[:, i].flatten(1))
+    _combine(waves, spectrum, order)
     return spectrum
 
 
 def _decode(
-    spectrum: Tensor, columns: Tensor, frequency: slice, by_planes: dict[int, list[_Tile]], add: bool = False
+    spectrum: Tensor,
+    columns: Tensor,
+    frequency: slice,
+    by_planes: dict[int, list[_Tile]],
+    room: _Rooms,
+    order: str,
+    add: bool = False,
 ) -> None:
-    """The transpose of :func:`_encode`; ``add`` for tiles that overlap."""
+    """The transpose of :func:`_encode`, which overwrites ``spectrum``; ``add`` for tiles that overlap."""
+    planes = columns[frequency]
+    tiles = by_planes[len(planes)]
+    waves = room("waves", len(planes), len(tiles[0].matrix), *spectrum.shape[1:])
+    _combine_transposed(spectrum, waves, order)
     if add:
-        columns[frequency].zero_()
-    for i, tile in enumerate(by_planes[len(columns[frequency])]):
-        for column, matrix in zip(columns[frequency], tile.matrix, strict=True):
-            column[tile.start : tile.stop].flatten(1).addmm_(matrix.T, spectrum[:, i].flatten(1), beta=int(add))
+        planes.zero_()
+    for i, tile in enumerate(tiles):
+        for wave, column in zip(waves, planes, strict=True):
+            column[tile.start : tile.stop].flatten(1).addmm_(tile.matrix.T, wave[:, i].flatten(1), beta=int(add))
+
+
+def _products(L: int, planes: int) -> int:
+    """R of a column frequency. A real one (one plane) has L/2 + 1 row frequencies, of which the outer two are real."""
+    return 3 * L if planes == 2 else 2 + 3 * (L // 2 - 1)
+
+
+def _combine(waves: Tensor, spectrum: Tensor, order: str) -> None:
+    """From the real transforms along the rows ``[planes, L, ...]`` to what is multiplied, ``[R, ...]``.
+
+    The complex numbers ``a + ib`` of the row frequencies give ``a + b``, then a and b, in the order for x or for y.
+    """
+    cos, sin = waves[:, : waves.shape[1] // 2 + 1], waves[:, waves.shape[1] // 2 + 1 :]
+    if len(waves) == 1:
+        spectrum[:2] = cos[0, :2]
+        both, a, b = _in_order(spectrum[2:], order)
+        a.copy_(cos[0, 2:])
+        torch.neg(sin[0], out=b)
+    else:
+        both, a, b = _in_order(spectrum, order)
+        plus, minus = slice(2, cos.shape[1]), slice(cos.shape[1], None)  # frequencies 1, 2, ... and -1, -2, ...
+        a[:2], b[:2] = cos[:, :2]
+        torch.add(cos[0, 2:], sin[1], out=a[plus])
+        torch.sub(cos[0, 2:], sin[1], out=a[minus])
+        torch.sub(cos[1, 2:], sin[0], out=b[plus])
+        torch.add(cos[1, 2:], sin[0], out=b[minus])
+    torch.add(a, b, out=both)
+
+
+def _combine_transposed(spectrum: Tensor, waves: Tensor, order: str) -> None:
+    """The transpose of :func:`_combine`, which overwrites ``spectrum``."""
+    cos, sin = waves[:, : waves.shape[1] // 2 + 1], waves[:, waves.shape[1] // 2 + 1 :]
+    both, a, b = _in_order(spectrum if len(waves) == 2 else spectrum[2:], order)
+    a += both
+    b += both
+    if len(waves) == 1:
+        cos[0, :2] = spectrum[:2]
+        cos[0, 2:] = a
+        torch.neg(b, out=sin[0])
+        return
+    plus, minus = slice(2, cos.shape[1]), slice(cos.shape[1], None)
+    cos[0, :2], cos[1, :2] = a[:2], b[:2]
+    torch.add(a[plus], a[minus], out=cos[0, 2:])
+    torch.sub(a[plus], a[minus], out=sin[1])
+    torch.add(b[plus], b[minus], out=cos[1, 2:])
+    torch.sub(b[minus], b[plus], out=sin[0])
+
+
+def _in_order(spectrum: Tensor, order: str) -> list[Tensor]:
+    """Parts of ``spectrum [3 F, ...]``: a + b, a and b."""
+    both, one, other = spectrum.chunk(3)
+    return [both, one, other] if order == "x" else [both, other, one]
 
 
 def _to_taps(t: _Transforms, weight: Tensor) -> Tensor:
