@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from models.fast import transforms
 from models.fast.convolution import applies, branch_convolutions
 
 # One tile and several, odd sizes, other heights than widths, maps smaller than the kernels.
@@ -39,6 +40,11 @@ def test_values_and_gradients_are_those_of_direct_convolutions(size, kernels):
 def test_gradients_are_those_of_finite_differences(size):
     x, weights, biases = inputs(size, (1, 3, 5), n=1, channels=2, outputs=2)
     torch.autograd.gradcheck(lambda x, *p: branch_convolutions(x, p[:3], p[3:]), (x, *weights, *biases))
+
+
+def test_gradients_of_gradients_are_those_of_finite_differences():
+    x, weights, _ = inputs((4, 3), (3,), n=1, channels=1, outputs=2)
+    torch.autograd.gradgradcheck(lambda x, w: branch_convolutions(x, [w], [None]), (x, *weights))
 
 
 def test_float32_is_as_exact_as_direct_convolutions():
@@ -100,12 +106,33 @@ def test_a_sample_does_not_depend_on_the_rest_of_the_batch(size):
             assert all(torch.equal(one, all_[start:stop]) for one, all_ in zip(alone, together, strict=True))
 
 
-def test_evaluation_and_training_may_follow_each_other():
+def test_evaluations_follow_the_weights_and_give_what_training_gives():
     x, weights, biases = inputs((20, 20), n=8, dtype=torch.float32)
-    with torch.inference_mode():
-        evaluated = branch_convolutions(x, weights, biases)
-    trained = results_of(x, weights, biases)
-    assert all(torch.equal(one, other) for one, other in zip(evaluated, trained, strict=False))
+    for factor in (1.0, 1.0, 2.0):
+        for weight in weights:
+            weight.data *= factor  # of which nobody is informed
+        with torch.inference_mode():
+            evaluated = branch_convolutions(x, weights, biases)
+        with torch.no_grad():
+            again = branch_convolutions(x[:5], weights, biases)
+        trained = branch_convolutions(x, weights, biases)
+        for one, other, third in zip(evaluated, again, trained, strict=True):
+            assert torch.equal(one, third) and torch.equal(other, third[:5])
+
+
+def test_what_evaluations_hold_has_a_limit_and_is_given_back(monkeypatch):
+    def held():
+        x, weights, biases = inputs((20, 20), (3, 5), n=4, dtype=torch.float32)
+        with torch.no_grad():
+            branch_convolutions(x, weights, biases)
+        count = len(transforms.held)
+        branch_convolutions(x, weights, biases)
+        return count, len(transforms.held)
+
+    before = len(transforms.held)
+    assert held() == (before + 2, before)
+    monkeypatch.setattr(transforms, "MOST_HELD", 0)
+    assert held() == (before, before)
 
 
 def test_what_is_too_small_or_not_computed_here_goes_to_direct_convolutions(monkeypatch):
