@@ -7,7 +7,6 @@ depend on the number of threads. Here every operation has one thread, so results
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -77,9 +76,6 @@ def room(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
     rooms, key, size = vars(_rooms), f"{name} {dtype}", math.prod(shape)
     if key not in rooms or len(rooms[key]) < size:
         rooms.pop(key, None)
-        pages = mmap.mmap(-1, size * dtype.itemsize)  # of its own, so that it leaves no holes in what others give back
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            pages.madvise(mmap.MADV_HUGEPAGE)
         with torch.inference_mode(False):  # it serves training, too
-            rooms[key] = torch.frombuffer(pages, dtype=dtype)
+            rooms[key] = empty(dtype, size)
     return rooms[key][:size].view(shape)
