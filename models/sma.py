@@ -58,7 +58,7 @@ def take_previous(z: Tensor, replaced: Tensor) -> Tensor:
 
 @torch.no_grad()
 def zoneout_choice(w_time: Tensor, w_channel: Tensor, RTR: int, RCR: int) -> Tensor:
-    """What :func:`attention_zoneout` replaces: ``[S, T, C]``, True for every chosen (step > 0, channel) of a scale."""
+    """What :func:`attention_zoneout` replaces, ``[S, T, C]``: True at the chosen channels of the chosen steps."""
     steps = _smallest(reduce(w_time, "s t b -> s t", "sum"), w_time.shape[1] // RTR)
     per_channel = reduce(w_channel, "s ... b c -> s ... c", "sum")
     if per_channel.ndim == 3:  # over the chosen steps only; not a product with them: 0 * inf would be nan
@@ -199,17 +199,9 @@ class SMA_L(SMA):
     _channel_conv = nn.Conv3d
 
     def __init__(
-        self,
-        channel: int = 512,
-        time: int = 16,
-        kernels: Sequence[int] = (1, 3, 5, 7),
-        C_reduction: int = 16,
-        T_reduction: float = 4,
-        AZO: bool = False,
-        RCR: int = 16,
-        RTR: int = 4,
-        **keywords: Any,
-    ):
+        self, channel: int = 512, time: int = 16, kernels: Sequence[int] = (1, 3, 5, 7), C_reduction: int = 16,
+        T_reduction: float = 4, AZO: bool = False, RCR: int = 16, RTR: int = 4, **keywords: Any,
+    ):  # fmt: skip
         super().__init__(channel, time, kernels, C_reduction, T_reduction, AZO, RCR, RTR, **keywords)
 
     def channel_weights(self, g: Tensor) -> Tensor:
@@ -283,24 +275,21 @@ class _Conv2d(nn.Conv2d):
 
 
 def _check_arguments(channel, time, kernels, C_reduction, T_reduction, AZO, RCR, RTR, activation, groups) -> None:
-    for name, value in {"channel": channel, "time": time, "RCR": RCR, "RTR": RTR}.items():
+    whole = {"channel": channel, "time": time, "C_reduction": C_reduction, "RCR": RCR, "RTR": RTR}
+    for name, value in whole.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    if not T_reduction >= 1:
+        raise ValueError(f"T_reduction={T_reduction!r} must be at least 1")
     if not kernels or any(not isinstance(k, int) or k < 1 or k % 2 == 0 for k in kernels):
         raise ValueError(f"kernels={kernels!r} must be a list of odd whole numbers, for instance [1, 3, 5, 7]")
-    for name, value in {"C_reduction": C_reduction, "T_reduction": T_reduction}.items():
-        if not value >= 1:
-            raise ValueError(f"{name}={value!r} must be at least 1")
-    if C_reduction != int(C_reduction):
-        raise ValueError(f"C_reduction={C_reduction!r} must be a whole number")
-    if channel // C_reduction < 1:
-        raise ValueError(f"C_reduction={C_reduction} leaves no unit for channel={channel}; use 1 to {channel}")
-    if time // T_reduction < 1:
-        raise ValueError(f"T_reduction={T_reduction} leaves no unit for time={time}; use 1 to {time}")
-    if AZO and channel < RCR:
-        raise ValueError(f"RCR={RCR} leaves AZO no channel of channel={channel}; use 1 to {channel}")
-    if AZO and time < RTR:
-        raise ValueError(f"RTR={RTR} leaves AZO no step of time={time}; use 1 to {time}")
+    divisors = [("C_reduction", C_reduction, "no unit for channel", channel)]
+    divisors += [("T_reduction", T_reduction, "no unit for time", time)]
+    if AZO:
+        divisors += [("RCR", RCR, "AZO no channel of channel", channel), ("RTR", RTR, "AZO no step of time", time)]
+    for name, divisor, nothing, size in divisors:
+        if size // divisor < 1:
+            raise ValueError(f"{name}={divisor} leaves {nothing}={size}; use 1 to {size}")
     if not callable(activation) and activation not in ("lif", "relu"):
         raise ValueError(f"activation={activation!r} must be 'lif', 'relu' or a callable that returns a module")
     if groups not in (1, "channel"):
