@@ -3,7 +3,8 @@
 ========================  ==============================================================================================
 ``forward.py``            the way through a pass of SMA, and its recomputation
 ``dispatch.py``           the one place that decides which form of a pass runs where
-``passes.py``             the two passes after the convolutions, as functions of autograd and as equations
+``passes.py``             the two passes after the convolutions, as functions of autograd
+``equations.py``          the same as equations, where functions of autograd cannot serve
 ``loops.py``              their values in PyTorch, step by step
 ``kernels.py``            their values on a GPU, in Triton
 ========================  ==============================================================================================
