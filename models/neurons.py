@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import types
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ with warnings.catch_warnings():
 __all__ = [
     "BackendError",
     "Rectangle",
+    "dropout",
     "lif",
     "ms_lif",
     "multi_dimensional_attention",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 reset_net = functional.reset_net  # after every batch: forget the membrane potentials
+dropout = partial(layer.Dropout, step_mode="m")  # one mask for all T steps, drawn anew after every reset
 per_step = layer.SeqToANNContainer  # a plain layer on every step at once: [T, B, ...] as [T * B, ...] and back
 
 
