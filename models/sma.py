@@ -628,11 +628,11 @@ class SMA(nn.Module):
     def _time_weights(self, g: Tensor) -> Tensor:
         hidden = torch.relu(_project(self.T_before_attention_conv, reduce(g, "t b c -> b t", "mean")))
         per_scale = torch.stack([_project(conv, hidden) for conv in self.T_after_attention_convs])
-        return rearrange(per_scale.softmax(0), "s b t -> s t b")
+        return rearrange(_over_scales(per_scale), "s b t -> s t b")
 
     def _channel_weights(self, g: Tensor) -> Tensor:
         hidden = torch.relu(_project(self.C_before_attention_conv, g))
-        return torch.stack([_project(conv, hidden) for conv in self.C_after_attention_convs]).softmax(0)
+        return _over_scales(torch.stack([_project(conv, hidden) for conv in self.C_after_attention_convs]))
 
 
 class SMA_L(SMA):
@@ -666,6 +666,11 @@ class SMA_L(SMA):
 
     def _channel_weights(self, g: Tensor) -> Tensor:
         return super()._channel_weights(reduce(g, "t b c -> b c", "mean"))
+
+
+def _over_scales(scores: Tensor) -> Tensor:
+    """Softmax over the scales, in float32 also under autocast: on a GPU autocast does so, on a CPU it does not."""
+    return scores.softmax(0, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def _project(conv: nn.Module, x: Tensor) -> Tensor:
