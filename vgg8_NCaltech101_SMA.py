@@ -39,9 +39,10 @@ RECIPE = {
     "RCR": 24,
     "RTR": 4,
     "batch_size": 6,  # per process; published with 4 processes
-    "epochs": 300,  # also the period of the cosine
+    "epochs": 300,  # and the period of the cosine
     "lr": 1e-3,
-    "decay": 1e-3,  # momentum decay of NAdam
+    "weight_decay": 0.0,  # of NAdam
+    "momentum_decay": 1e-3,
     "seed": 3402,
     "split_seed": 3402,
 }
@@ -100,8 +101,10 @@ def main() -> None:
             write_evaluation(args.output_dir, process, result, **facts)
             return
 
-        optimizer = torch.optim.NAdam(net.parameters(), lr=args.lr, momentum_decay=args.decay)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+        optimizer = torch.optim.NAdam(
+            net.parameters(), lr=args.lr, weight_decay=args.weight_decay, momentum_decay=args.momentum_decay
+        )
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.decay)
         scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
         trained = DistributedDataParallel(net) if process.world_size > 1 else net
         torch.manual_seed(args.seed + process.rank)  # dropout differs between the processes

@@ -39,9 +39,9 @@ RECIPE = {
     "RCR": 4,
     "RTR": 4,
     "batch_size": 24,  # per process; published with 4 processes
-    "epochs": 200,  # also the period of the cosine
+    "epochs": 200,  # and the period of the cosine
     "lr": 1e-3,
-    "decay": 0.0,  # weight decay of Adam
+    "weight_decay": 0.0,  # of Adam
     "seed": 3404,
     "split_seed": 3404,
     "flip": True,
@@ -103,8 +103,8 @@ def main() -> None:
             write_evaluation(args.output_dir, process, result, **facts)
             return
 
-        optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, weight_decay=args.decay)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+        optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.decay)
         scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
         trained = DistributedDataParallel(net) if process.world_size > 1 else net
         torch.manual_seed(args.seed + process.rank)  # dropout differs between the processes
