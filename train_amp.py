@@ -124,7 +124,7 @@ def main() -> None:
         done = checkpoints.resume(args.resume)
         log.open(vars(args), facts, done)
 
-        with StopSignal(process.device) as stop:
+        with StopSignal() as stop:
             for epoch in range(done + 1, args.epochs + 1):
                 began, lr = time.monotonic(), optimizer.param_groups[0]["lr"]
                 set_epoch(train_batches, epoch, progress.step)
@@ -134,7 +134,7 @@ def main() -> None:
                     batches = stop.watch(log.progress(train_batches, f"train {epoch}/{args.epochs}"))
                     train = train_one_epoch(
                         trained, batches, train_loss, optimizer, scaler, process.device, args.amp, mixup or prepare,
-                        args.accumulate, epoch, progress, args.nan_limit,
+                        args.accumulate, epoch, progress, args.nan_limit, stop.agree,
                     )  # fmt: skip
                     batches = stop.watch(log.progress(test_batches, f"test {epoch}/{args.epochs}"))
                     test = evaluate(evaluated, batches, **tested)

@@ -115,7 +115,7 @@ def main() -> None:
         done = checkpoints.resume(args.resume)
         log.open(vars(args), facts, done, data.manifest)
 
-        with StopSignal(process.device) as stop:
+        with StopSignal() as stop:
             for epoch in range(done + 1, args.epochs + 1):
                 began, lr = time.monotonic(), optimizer.param_groups[0]["lr"]
                 set_epoch(train_batches, epoch, progress.step)
@@ -124,6 +124,7 @@ def main() -> None:
                     train = train_one_epoch(
                         trained, batches, tet, optimizer, scaler, process.device, args.amp,
                         accumulate=args.accumulate, epoch=epoch, progress=progress, nan_limit=args.nan_limit,
+                        agree=stop.agree,
                     )  # fmt: skip
                     batches = stop.watch(log.progress(test_batches, f"test {epoch}/{args.epochs}"))
                     test = evaluate(net, batches, tet, process.device, amp=args.eval_amp)
