@@ -9,7 +9,6 @@ and their order are SpikingJelly's, and no multiplication is fused with an addit
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 import triton
@@ -145,11 +144,11 @@ def _fire_backward(
     v = tl.zeros([BLOCK], real)
     if has_first:
         v = tl.load(first + at, mask=inside, other=0.0).to(real)
-    potentials: Any = ()  # before the reset, of all steps, in registers
+    potentials = ()  # before the reset, of all steps, in registers
     for t in tl.static_range(T):
         charge = tl.load(x + tl.cast(step_of_x, tl.int64) * t + at, mask=inside, other=0.0).to(real)
         u = _charge(charge, v, decay, gain, decay_input)
-        potentials = potentials + (u,)  # noqa: RUF005 (Triton knows no unpacking)
+        potentials = potentials + (u,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no unpacking)
         v = tl.where(u >= threshold, 0.0, u)
     grad_v = tl.zeros([BLOCK], real)
     if has_last:
