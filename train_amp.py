@@ -60,7 +60,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> MSResNet:
         num_classes=num_classes,
         sma_blocks=args.sma_blocks,
         branch_groups=args.branch_groups,
-        checkpoint=args.checkpoint_activations,
+        recompute=args.checkpoint_activations,
         width=args.width,
         AZO=args.AZO,
         RCR=args.RCR,

@@ -133,7 +133,7 @@ class MSResNet(nn.Module):
         sma_blocks: ``"first-two"`` blocks of each stage (released), ``"all"`` (the paper's text) or ``"none"``.
         width: multiplies all channel numbers (64-128-256-512).
         AZO, RCR, RTR, C_reduction, T_reduction, kernels: see :class:`models.sma.SMA`.
-        branch_groups, checkpoint: its ``groups`` and ``checkpoint``.
+        branch_groups, recompute: its ``groups`` and ``recompute``.
 
     Raises:
         ValueError: an argument is outside what can work; the message says what would.
@@ -160,7 +160,7 @@ class MSResNet(nn.Module):
         T_reduction: float = 1.5,
         kernels: Sequence[int] = (1, 3, 5, 7),
         branch_groups: int | str = 1,
-        checkpoint: bool = False,
+        recompute: bool = False,
     ):
         super().__init__()
         _check_arguments(depths, T, num_classes, sma_blocks, width)
@@ -168,7 +168,7 @@ class MSResNet(nn.Module):
         channels = [max(1, round(n * width)) for n in (64, 128, 256, 512)]
 
         def sma(c: int) -> SMA:
-            form = {"activation": "relu", "groups": branch_groups, "checkpoint": checkpoint}
+            form = {"activation": "relu", "groups": branch_groups, "recompute": recompute}
             return SMA(c, T, kernels, C_reduction, T_reduction, AZO, RCR, RTR, **form)
 
         def stage(c_in: int, c_out: int, depth: int) -> nn.Sequential:

@@ -28,7 +28,7 @@ class VGG8(nn.Module):
         sma_blocks: which of the blocks 1 to 5 carry SMA. Released: 2 and 3; the paper's appendix draws 2 to 5.
         branch_activation: ``"lif"`` (released) or ``"relu"`` inside SMA.
         AZO, RCR, RTR, C_reduction, T_reduction, kernels: see :class:`models.sma.SMA`.
-        branch_groups, checkpoint: its ``groups`` and ``checkpoint``.
+        branch_groups, recompute: its ``groups`` and ``recompute``.
 
     Raises:
         ValueError: an argument is outside what can work; the message says what would.
@@ -48,7 +48,7 @@ class VGG8(nn.Module):
         T_reduction: float = 4,
         kernels: Sequence[int] = (1, 3, 5, 7),
         branch_groups: int | str = 1,
-        checkpoint: bool = False,
+        recompute: bool = False,
     ):
         super().__init__()
         sma_blocks = tuple(sorted(set(sma_blocks)))
@@ -69,7 +69,7 @@ class VGG8(nn.Module):
             if number in sma_blocks:
                 activation = lif if branch_activation == "lif" else branch_activation
                 azo = {"AZO": AZO, "RCR": RCR, "RTR": RTR}
-                form = {"activation": activation, "groups": branch_groups, "checkpoint": checkpoint}
+                form = {"activation": activation, "groups": branch_groups, "recompute": recompute}
                 layers.append(SMA(c_out, T, kernels, C_reduction, T_reduction, **azo, **form))
             layers += [per_step(nn.BatchNorm2d(c_out)), lif(), per_step(nn.MaxPool2d(2))]
             return nn.Sequential(*layers)

@@ -8,7 +8,7 @@ import torch
 from models import MSResNet, ms_resnet18, ms_resnet104, neurons, sma_ms_resnet18, sma_ms_resnet34, sma_ms_resnet104
 from models.ms_resnet import BatchNorm, MSBlock
 from models.sma import SMA
-from tools.direct_sma import PublishedNeuron, as_direct
+from tests.direct import PublishedNeuron, as_direct
 
 SMALL = {"width": 0.125, "num_classes": 5}
 

@@ -45,10 +45,11 @@ def difference(actual, expected):
 
 
 @pytest.mark.parametrize("name", ["sma_spiking", "sma_spiking_azo", "sma_relu_azo", "sma_l_azo"])
-def test_sma_matches_the_reference(name):
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "equations"])
+def test_sma_matches_the_reference(name, fast):
     description, expected = load(name)
     cls = SMA_L if name.startswith("sma_l") else SMA
-    net = cls(**description["kwargs"], **({"activation": "relu"} if "relu" in name else {}))
+    net = cls(**description["kwargs"], **({"activation": "relu"} if "relu" in name else {}), fast=fast)
     fill_network(net, description["state_dict"])
     x = torch.from_numpy(eval(description["input"], {"images": fill.images})).requires_grad_()
 
