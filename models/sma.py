@@ -167,13 +167,13 @@ class SMA(nn.Module):
     def channel_weights(self, g: Tensor) -> Tensor:
         """From the squeeze ``g`` ``[T, B, C]``: ``[S, T, B, C]``, which sums to 1 over the scales."""
         hidden = torch.relu(_project(self.C_before_attention_conv, g))
-        return torch.stack([_project(conv, hidden) for conv in self.C_after_attention_convs]).softmax(0)
+        return _over_scales([_project(conv, hidden) for conv in self.C_after_attention_convs])
 
     def time_weights(self, g: Tensor) -> Tensor:
         """From the squeeze ``g`` ``[T, B, C]``: ``[S, T, B]``, which sums to 1 over the scales."""
         hidden = torch.relu(_project(self.T_before_attention_conv, reduce(g, "t b c -> b t", "mean")))
-        per_scale = torch.stack([_project(conv, hidden) for conv in self.T_after_attention_convs])
-        return rearrange(per_scale.softmax(0), "s b t -> s t b")
+        weights = _over_scales([_project(conv, hidden) for conv in self.T_after_attention_convs])
+        return rearrange(weights, "s b t -> s t b")
 
     def attention_weights(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The time and the channel weights from the branch outputs ``[S, T, B, C, H, W]``."""
@@ -212,6 +212,12 @@ class SMA_L(SMA):
 def _project(conv: Any, x: Tensor) -> Tensor:
     """Apply a 1x1(x1) convolution to the last axis of ``x``: it is a linear layer stored in another shape."""
     return nn.functional.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def _over_scales(scores: Sequence[Tensor]) -> Tensor:
+    """Softmax over the scales. At least float32: under autocast a GPU does so, and a CPU would not."""
+    stacked = torch.stack(list(scores))
+    return stacked.softmax(0, dtype=torch.promote_types(stacked.dtype, torch.float32))
 
 
 class _Branch(nn.Module):

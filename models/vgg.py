@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from models.neurons import lif, per_step
+from models.neurons import dropout, lif, per_step
 from models.sma import SMA
 
 __all__ = ["VGG8", "sma_vgg8_cifar10dvs", "sma_vgg8_dvs128", "sma_vgg8_ncaltech101"]
@@ -18,7 +18,8 @@ class VGG8(nn.Module):
     """Spiking VGG8 with SMA: five convolution blocks and three linear layers, ``[T, B, 2, H, W]`` to ``[T, B, K]``.
 
     A block is ``Conv3x3 [SMA] BN LIF MaxPool2``; then ``AdaptiveAvgPool(3) Linear LIF Dropout Linear LIF Dropout
-    Linear``. The prediction is the argmax of the mean over T. Call ``functional.reset_net`` after every batch.
+    Linear``. Dropout draws one mask for all T steps of a forward pass. The prediction is the argmax of the mean over T.
+    Call ``functional.reset_net`` after every batch: neurons and dropout masks last until then.
 
     Args:
         T: time steps; part of the weights of SMA.
@@ -83,10 +84,10 @@ class VGG8(nn.Module):
             nn.Flatten(2),  # [T, B, C, 3, 3] -> [T, B, C * 9]
             nn.Linear(c5 * 9, f1),
             lif(),
-            nn.Dropout(0.5),
+            dropout(0.5),
             nn.Linear(f1, f2),
             lif(),
-            nn.Dropout(0.5),
+            dropout(0.5),
             nn.Linear(f2, num_classes),
         )
 

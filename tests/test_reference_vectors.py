@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from spikingjelly.activation_based import layer
 
 from models import (
     SMA,
@@ -92,7 +93,7 @@ def test_vgg8_matches_the_reference():
 
     net.train()
     for module in net.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, layer.Dropout):
             module.p = 0.0
     logits = net(x)
     assert difference(logits, expected["train_logits"]) <= TOLERANCE

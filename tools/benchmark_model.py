@@ -172,7 +172,7 @@ def steps_of(name: str, form: str, setting: Setting) -> tuple[dict[str, Step], s
             seen[0](x)
         reset_net(seen[0])
 
-    return {"training": training, "evaluation": evaluation}, backend, flops
+    return {"training": training, "evaluation": evaluation}, str(backend), flops
 
 
 def _layers_alone(net: nn.Module, x: Tensor, setting: Setting) -> dict[str, Step]:

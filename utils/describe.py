@@ -90,7 +90,7 @@ def _with_common_facts(facts: dict[str, str], args: Any, backend: str, process: 
     device = torch.cuda.get_device_name(process.device) if on_gpu else "CPU"
     evaluation = _precision(args.eval_amp)
     facts |= {
-        "neurons": backend,
+        "neurons": str(backend),
         "SMA": ("Triton kernels" if has_kernels(process.device) else "PyTorch, no kernels") if on_gpu else "",
         "precision": evaluation if args.evaluate else f"training {_precision(args.amp)}, evaluation {evaluation}",
         "processes": f"{process.world_size} on {device}",
