@@ -23,12 +23,12 @@ __all__ = ["equations_only", "fast_forward", "has_kernels"]
 
 
 def equations_only(net: nn.Module) -> nn.Module:
-    """A copy of ``net`` in which every SMA runs its equations: what the fast form is tested and measured against.
+    """A copy of ``net`` for tests and measurements: SMA runs its equations, and neurons are SpikingJelly's own.
 
     The neurons must be in their first state (``functional.reset_net``).
     """
     net = copy.deepcopy(net)
     for module in net.modules():
-        if hasattr(module, "S_Convs"):  # an SMA; its file imports this one
+        if hasattr(module, "fast"):  # SMA, and the neurons of models/neurons.py
             module.fast = False  # type: ignore[assignment]
     return net
