@@ -37,7 +37,7 @@ from utils.distributed import Process, start, sum_over_processes
 from utils.errors import SentenceParser, UserError, exit_with_sentence
 from utils.logger import check_output, progress_bar
 from utils.pictures import Kind, save_as_gif, save_as_pic, save_every_frame_of_an_entire_DVS_dataset
-from utils.prepare.frames import DATA_SETS, sample_name
+from utils.prepare.datasets import DATA_SETS, sample_name
 
 __all__ = ["make_parser", "mean_attention", "spike_maps"]
 
@@ -194,12 +194,11 @@ def mean_attention(inspected: Inspected, process: Process) -> dict[str, tuple[np
     finally:
         for module in modules.values():
             module.observer = None
-    (total,) = sum_over_processes([count], process.device)
+    (total,) = sum_over_processes([count])
     result = {}
     for name, parts in sums.items():
         time, square, channel = (
-            np.reshape(sum_over_processes(part.flatten().tolist(), process.device), part.shape) / total
-            for part in parts
+            np.reshape(sum_over_processes(part.flatten().tolist()), part.shape) / total for part in parts
         )
         result[name] = (time, np.sqrt(np.maximum(square - time**2, 0)), channel)
     return result

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.sma import has_kernels
+from models.fast import has_kernels
 from utils.data.events import EventData
 from utils.data.images import ImageData
 from utils.distributed import Process
+from utils.engine import AMP_DTYPES
 from utils.versions import versions
 
 __all__ = ["describe_event_run", "describe_image_run", "describe_training"]
@@ -89,9 +90,11 @@ def _with_common_facts(facts: dict[str, str], args: Any, backend: str, process: 
     on_gpu = process.device.type == "cuda"
     device = torch.cuda.get_device_name(process.device) if on_gpu else "CPU"
     evaluation = _precision(args.eval_amp)
+    half = AMP_DTYPES[args.eval_amp if args.evaluate else args.amp]  # where SMA takes channels-last maps on a GPU
+    kernels = on_gpu and has_kernels(process.device, half or torch.float32, channels_last=half is not None)
     facts |= {
-        "neurons": backend,
-        "SMA": ("Triton kernels" if has_kernels(process.device) else "PyTorch, no kernels") if on_gpu else "",
+        "neurons": str(backend),
+        "SMA": ("Triton kernels" if kernels else "PyTorch, no kernels") if on_gpu else "",
         "precision": evaluation if args.evaluate else f"training {_precision(args.amp)}, evaluation {evaluation}",
         "processes": f"{process.world_size} on {device}",
         "schedule": "" if args.evaluate else f"{args.epochs} epochs, lr {args.lr:g}, seed {args.seed}",
