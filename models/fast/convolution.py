@@ -50,9 +50,12 @@ from torch import Tensor, nn
 from .transforms import Kernel, Transforms, transforms
 from .workers import empty, in_order, room, share
 
-__all__ = ["applies", "branch_convolutions"]
+__all__ = ["applies", "branch_convolutions", "estimate"]
 
-LEAST_PIXELS, LEAST_VALUES = 2**10, 2**18  # of an input for which this is faster than direct convolutions
+# The cost of one kernel's products, of the transforms of one side times C, and of those of one kernel times the pixels
+# of all samples, in multiplications of a direct convolution for a pixel and a pair of channels. Fitted to times on an
+# AMD EPYC; `python tools/benchmark.py convolutions` shows how they fit your machine.
+PRODUCTS, TRANSFORMS, KERNEL = 4.2, 330.0, 33000.0
 
 
 def applies(x: Tensor, weights: Sequence[Tensor], samples: int) -> bool:
@@ -65,8 +68,7 @@ def applies(x: Tensor, weights: Sequence[Tensor], samples: int) -> bool:
 
     The environment variable ``SMA_CONVOLUTIONS`` overrides the choice where there is one: ``direct`` or ``shared``.
     """
-    C, H, W = x.shape[1:]
-    kernels = [weight.shape[-1] for weight in weights]
+    kernels, C = [weight.shape[-1] for weight in weights], x.shape[1]
     possible = (
         type(x) is Tensor
         and x.device.type == "cpu"
@@ -81,7 +83,14 @@ def applies(x: Tensor, weights: Sequence[Tensor], samples: int) -> bool:
     choice = os.environ.get("SMA_CONVOLUTIONS", "")
     if not possible or choice in ("direct", "shared"):
         return possible and choice == "shared"
-    return x.dtype == torch.float32 and samples * H * W >= LEAST_PIXELS and samples * H * W * C >= LEAST_VALUES
+    return x.dtype == torch.float32 and estimate(kernels, samples, *x.shape[1:]) < 0.8
+
+
+def estimate(kernels: Sequence[int], N: int, C: int, H: int, W: int) -> float:
+    """About which share of the time of direct convolutions :func:`branch_convolutions` takes in training."""
+    wide = [k for k in kernels if k > 1]
+    shared = PRODUCTS * len(wide) + TRANSFORMS * (1 + len(wide)) / C + KERNEL * len(wide) / (N * H * W)
+    return shared / sum(k * k for k in wide)
 
 
 def branch_convolutions(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from einops import rearrange
 from spikingjelly.activation_based import base
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .convolution import applies, branch_convolutions
 from .dispatch import fires, functions_work, fuses, is_watched
 from .passes import normalize_and_fire, weighted_sum
 
@@ -56,8 +57,13 @@ def _encode(branches: list[_Branch], x: Tensor) -> list[Coded]:
 
 def _convolutions(branches: list[_Branch], x: Tensor) -> Iterator[Tensor]:
     """What the convolutions of the branches make of their common input, each ``[T, B, C, H, W]``."""
-    flat = x.flatten(0, 1)
-    return (branch.conv(flat).unflatten(0, x.shape[:2]) for branch in branches)
+    flat, convs = x.flatten(0, 1), [branch.conv for branch in branches]
+    plain = all(type(conv).forward is nn.Conv2d.forward and conv.groups == 1 for conv in convs)
+    if plain and functions_work(x) and applies(flat, weights := [conv.weight for conv in convs], samples=len(x)):
+        found = branch_convolutions(flat, weights, [conv.bias for conv in convs])
+    else:
+        found = (conv(flat) for conv in convs)
+    return (y.unflatten(0, x.shape[:2]) for y in found)
 
 
 def _activate(branch: _Branch, y: Tensor) -> Coded:
