@@ -286,7 +286,7 @@ def _count(metavar: str = "N", least: int = 0, most: int = int(_LARGEST)) -> dic
 
 # Where and how a run goes: the same for all scripts.
 RUN = [
-    Setting("--model-output-dir --output-dir", "folder for everything of the run", shown="output/<data set>", **_file("DIR")),
+    Setting("--model-output-dir --output-dir", "folder of the run", shown="output/<data set>", **_file("DIR")),
     Setting("--log-dir", "folder for TensorBoard events", shown="the output directory", **_file("DIR")),
     Setting("--weights", "start from these weights, or evaluate them", depends="training", **_file("FILE")),
     Setting("--evaluate", "evaluate --weights and stop", False, parser=_on, shown=""),
