@@ -39,9 +39,10 @@ RECIPE = {
     "RCR": 24,
     "RTR": 4,
     "batch_size": 6,  # per process; published with 4 processes
-    "epochs": 300,  # also the period of the cosine
+    "epochs": 300,  # and the period of the cosine
     "lr": 1e-3,
-    "decay": 1e-3,  # momentum decay of NAdam
+    "weight_decay": 0.0,  # of NAdam
+    "momentum_decay": 1e-3,
     "seed": 3402,
     "split_seed": 3402,
 }
@@ -59,7 +60,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> VGG8:
         sma_blocks=args.sma_blocks,
         branch_activation=args.branch_activation,
         branch_groups=args.branch_groups,
-        checkpoint=args.checkpoint_activations,
+        recompute=args.checkpoint_activations,
         AZO=args.AZO,
         RCR=args.RCR,
         RTR=args.RTR,
@@ -100,8 +101,10 @@ def main() -> None:
             write_evaluation(args.output_dir, process, result, **facts)
             return
 
-        optimizer = torch.optim.NAdam(net.parameters(), lr=args.lr, momentum_decay=args.decay)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+        optimizer = torch.optim.NAdam(
+            net.parameters(), lr=args.lr, weight_decay=args.weight_decay, momentum_decay=args.momentum_decay
+        )
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.decay)
         scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
         trained = DistributedDataParallel(net) if process.world_size > 1 else net
         torch.manual_seed(args.seed + process.rank)  # dropout differs between the processes
@@ -112,7 +115,7 @@ def main() -> None:
         done = checkpoints.resume(args.resume)
         log.open(vars(args), facts, done, data.manifest)
 
-        with StopSignal(process.device) as stop:
+        with StopSignal() as stop:
             for epoch in range(done + 1, args.epochs + 1):
                 began, lr = time.monotonic(), optimizer.param_groups[0]["lr"]
                 set_epoch(train_batches, epoch, progress.step)
@@ -121,6 +124,7 @@ def main() -> None:
                     train = train_one_epoch(
                         trained, batches, tet, optimizer, scaler, process.device, args.amp,
                         accumulate=args.accumulate, epoch=epoch, progress=progress, nan_limit=args.nan_limit,
+                        agree=stop.agree,
                     )  # fmt: skip
                     batches = stop.watch(log.progress(test_batches, f"test {epoch}/{args.epochs}"))
                     test = evaluate(net, batches, tet, process.device, amp=args.eval_amp)

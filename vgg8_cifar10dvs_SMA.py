@@ -39,9 +39,9 @@ RECIPE = {
     "RCR": 4,
     "RTR": 4,
     "batch_size": 24,  # per process; published with 4 processes
-    "epochs": 200,  # also the period of the cosine
+    "epochs": 200,  # and the period of the cosine
     "lr": 1e-3,
-    "decay": 0.0,  # weight decay of Adam
+    "weight_decay": 0.0,  # of Adam
     "seed": 3404,
     "split_seed": 3404,
     "flip": True,
@@ -60,7 +60,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> VGG8:
         sma_blocks=args.sma_blocks,
         branch_activation=args.branch_activation,
         branch_groups=args.branch_groups,
-        checkpoint=args.checkpoint_activations,
+        recompute=args.checkpoint_activations,
         AZO=args.AZO,
         RCR=args.RCR,
         RTR=args.RTR,
@@ -103,8 +103,8 @@ def main() -> None:
             write_evaluation(args.output_dir, process, result, **facts)
             return
 
-        optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, weight_decay=args.decay)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+        optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.decay)
         scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
         trained = DistributedDataParallel(net) if process.world_size > 1 else net
         torch.manual_seed(args.seed + process.rank)  # dropout differs between the processes
@@ -115,7 +115,7 @@ def main() -> None:
         done = checkpoints.resume(args.resume)
         log.open(vars(args), facts, done, data.manifest)
 
-        with StopSignal(process.device) as stop:
+        with StopSignal() as stop:
             for epoch in range(done + 1, args.epochs + 1):
                 began, lr = time.monotonic(), optimizer.param_groups[0]["lr"]
                 set_epoch(train_batches, epoch, progress.step)
@@ -124,6 +124,7 @@ def main() -> None:
                     train = train_one_epoch(
                         trained, batches, mse_of_mean, optimizer, scaler, process.device, args.amp,
                         accumulate=args.accumulate, epoch=epoch, progress=progress, nan_limit=args.nan_limit,
+                        agree=stop.agree,
                     )  # fmt: skip
                     batches = stop.watch(log.progress(test_batches, f"test {epoch}/{args.epochs}"))
                     test = evaluate(net, batches, mse_of_mean, process.device, amp=args.eval_amp)

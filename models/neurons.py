@@ -10,6 +10,7 @@ import importlib.metadata
 import itertools
 import types
 import warnings
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "Backend",
     "BackendError",
     "Rectangle",
+    "dropout",
     "lif",
     "ms_lif",
     "multi_dimensional_attention",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 reset_net = functional.reset_net  # after every batch: forget the membrane potentials
+dropout = partial(layer.Dropout, step_mode="m")  # one mask for all T steps, drawn anew after every reset
 per_step = layer.SeqToANNContainer  # a plain layer on every step at once: [T, B, ...] as [T * B, ...] and back
 
 

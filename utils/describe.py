@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.sma import has_kernels
+from models.fast import has_kernels
 from utils.data.events import EventData
 from utils.data.images import ImageData
 from utils.distributed import Process

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.folding import folded
 from models.neurons import reset_net
-from utils.distributed import broadcast_buffers, largest_over_processes, sum_over_processes
+from utils.distributed import any_process, broadcast_buffers, sum_over_processes
 from utils.errors import UserError
 
 __all__ = ["AMP_DTYPES", "Progress", "evaluate", "time_first", "train_one_epoch"]
@@ -77,7 +77,7 @@ class Progress:
 
     def result(self) -> dict[str, float]:
         """Averages and counts over all processes."""
-        loss, correct, among, count = sum_over_processes([*self.sums.tolist(), self.count], self.sums.device)
+        loss, correct, among, count = sum_over_processes([*self.sums.tolist(), self.count])
         count = int(count)
         found = {"loss": loss / count, "acc1": 100.0 * correct / count, "correct": int(correct), "count": count}
         if self.top > 1:
@@ -98,6 +98,7 @@ def train_one_epoch(
     epoch: int = 1,
     progress: Progress | None = None,
     nan_limit: int = 0,
+    agree: Callable[[bool], bool] = any_process,
 ) -> dict[str, float]:
     """Train on every batch once, one optimiser step a batch.
 
@@ -113,6 +114,8 @@ def train_one_epoch(
         progress: of an epoch whose first batches are done and not among ``batches``; brought up to date every step.
         nan_limit: so many steps of an epoch whose loss, gradient or running statistics are not finite are left out:
             weights, optimiser and statistics stay as they were, and the samples are not counted. One more stops.
+        agree: whether a flag is set in any process; called once a step. :meth:`utils.signals.StopSignal.agree` sends
+            the signals along.
 
     Returns:
         ``loss`` (mean over samples), ``acc1`` (percent), ``correct`` and ``count`` over all processes, and
@@ -143,19 +146,21 @@ def train_one_epoch(
             reset_net(net)
             outcomes.append((loss.detach(), logits.detach(), their_labels))
         where = f"training diverged in epoch {epoch}, step {progress.step + 1}, at learning rate {_rate(optimizer):g}"
+        counted = progress.sums.clone(), progress.count
+        for outcome in outcomes:
+            progress.add(*outcome)
         # Agreed between the processes: all stop (or leave the step out) with one message, or none does.
-        if largest_over_processes(not _is_finite(outcomes, net, statistics, scaler), device):
+        if agree(not _is_finite(outcomes, net, statistics, scaler)):
             what = f"the loss ({loss.item():.4g}), a gradient or a running statistic is not finite"
             if progress.left_out == nan_limit:
                 already = f", and {nan_limit} steps are left out already (--nan-limit)" if nan_limit else ""
                 raise UserError(f"{where}: {what}{already}; check the data, {_REMEDY}")
+            progress.sums, progress.count = counted
             progress.left_out += 1
             progress.step += 1
             for buffer, value in zip(net.buffers(), before, strict=True):
                 buffer.copy_(value)
             continue
-        for outcome in outcomes:
-            progress.add(*outcome)
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
@@ -167,7 +172,7 @@ def train_one_epoch(
         progress.step += 1
     if not progress.count:
         raise UserError(f"training diverged in epoch {epoch}: every step had to be left out; check the data, {_REMEDY}")
-    if largest_over_processes(not all(value.isfinite().all() for value in net.state_dict().values()), device):
+    if any_process(not all(value.isfinite().all() for value in net.state_dict().values())):
         raise UserError(f"training diverged in epoch {epoch}: a weight is not finite; {_REMEDY}")
     return progress.result() | {"left_out": progress.left_out, "skips": progress.skips}
 
