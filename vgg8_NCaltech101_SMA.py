@@ -47,7 +47,7 @@ RECIPE = {
     "split_seed": 3402,
 }
 # What --demo changes: small enough to learn in minutes on a CPU.
-DEMO = {"width": 0.25, "frame_size": [32, 32], "keep_frames": True}
+DEMO = {"width": 0.25, "frame_size": [32, 32], "num_workers": 0}
 DEMO |= {"batch_size": 16, "epochs": 16, "lr": 1e-3}
 
 
@@ -81,7 +81,6 @@ def main() -> None:
             sensor_size=args.sensor_size,
             frame_size=args.frame_size,
             demo=args.demo,
-            keep_in_memory=args.keep_frames,
             frames=args.frames,
             on_bad_sample=args.on_bad_sample,
         )

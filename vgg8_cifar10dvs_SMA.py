@@ -47,7 +47,7 @@ RECIPE = {
     "flip": True,
 }
 # What --demo changes: small enough to learn in minutes on a CPU. Mirrored gestures would be other gestures.
-DEMO = {"width": 0.25, "frame_size": [32, 32], "keep_frames": True, "flip": False}
+DEMO = {"width": 0.25, "frame_size": [32, 32], "num_workers": 0, "flip": False}
 DEMO |= {"batch_size": 16, "epochs": 16, "lr": 3e-3}
 
 
@@ -83,7 +83,6 @@ def main() -> None:
             augment=partial(flip_and_shift, flip=args.flip),
             seed=args.seed,
             demo=args.demo,
-            keep_in_memory=args.keep_frames,
             frames=args.frames,
             on_bad_sample=args.on_bad_sample,
         )

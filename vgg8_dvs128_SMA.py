@@ -44,7 +44,7 @@ RECIPE = {
     "seed": 3401,
 }
 # What --demo changes: small enough to learn in two minutes on two CPU cores.
-DEMO = {"timesteps": 4, "width": 0.25, "frame_size": [32, 32], "keep_frames": True}
+DEMO = {"timesteps": 4, "width": 0.25, "frame_size": [32, 32], "num_workers": 0}
 DEMO |= {"batch_size": 8, "epochs": 24, "lr": 2e-3}
 
 
@@ -76,7 +76,6 @@ def main() -> None:
             sensor_size=args.sensor_size,
             frame_size=args.frame_size,
             demo=args.demo,
-            keep_in_memory=args.keep_frames,
             frames=args.frames,
             on_bad_sample=args.on_bad_sample,
         )

@@ -37,7 +37,6 @@ _COMMON: dict[str, Any] = {
     "split": "random",
     "frames": "packed",
     "on_bad_sample": "stop",
-    "keep_frames": False,
     "flip": True,
 }
 
@@ -84,8 +83,6 @@ def parse_event_args(
             f"--accumulate {args.accumulate} does not divide --batch-size {args.batch_size}; the parts of a batch must "
             "be of one size"
         )
-    if args.num_workers is None and args.keep_frames:
-        args.num_workers = 0
     complete(args, data_set, data_set)
     return args
 
@@ -126,7 +123,6 @@ def event_parser(description: str, recipe: dict[str, Any]) -> ScriptParser:
         add("--flip", action=switch, help="mirror half of the training samples", default="on")
     add("--frames", choices=("packed", "npz"), help="read packed frames, made once, or the files", default="packed")
     add("--on-bad-sample", choices=("stop", "skip"), help="leave damaged samples out, or stop", default="stop")
-    add("--keep-frames", action=switch, help="read all frames once, into memory", default="off; on for the demo")
 
     add = parser.group("network")
     add("-T", "--timesteps", type=whole(1), metavar="T", help="frames per sample", default=recipe["timesteps"])

@@ -25,7 +25,7 @@ from utils.engine import time_first
 from utils.errors import UserError, user_input
 from utils.event_args import INPUT_FIELDS as EVENT_INPUTS
 from utils.image_args import INPUT_FIELDS as IMAGE_INPUTS
-from utils.prepare.frames import DATA_SETS
+from utils.prepare.datasets import DATA_SETS
 
 __all__ = ["Inspected", "add_inspection", "load_inspected"]
 
