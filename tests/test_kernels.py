@@ -145,7 +145,9 @@ def test_half_precision_is_near_float32_and_stays_half(in_kernels):
         assert (spikes != halves[0]).float().mean() < 0.03  # a potential within a rounding of the threshold
         torch.testing.assert_close(spikes.float().mean((-2, -1)), mean)
         out, (bits,) = kernels.weighted_sum([spikes, spikes], torch.full((2, 4, 2, 6), 0.25, device=DEVICE), None, True)
-        assert out.dtype == torch.float32 and torch.equal(out, spikes.float() / 2) and torch.equal(bits, 3 * spikes.byte())
+        assert (
+            out.dtype == torch.float32 and torch.equal(out, spikes.float() / 2) and torch.equal(bits, 3 * spikes.byte())
+        )
 
 
 def test_more_scales_than_a_byte_has_bits(in_kernels):
