@@ -17,6 +17,7 @@ from utils.args import words
 from utils.data.events import EventData
 from utils.data.images import ImageData
 from utils.distributed import Process
+from utils.engine import AMP_DTYPES
 from utils.networks import TITLES
 from utils.versions import versions
 
@@ -42,6 +43,7 @@ def facts_of_run(
     per_process = args.batch_size if on_event_data else args.batch_size // process.world_size
     name = TITLES["VGG8" if on_event_data else f"sma_ms_{args.net}"]
     on_gpu = process.device.type == "cuda"
+    half = AMP_DTYPES[args.eval_amp if args.evaluate else args.amp]  # where SMA takes channels-last maps on a GPU
     return {
         "data": {
             "name": data_set,
@@ -63,7 +65,7 @@ def facts_of_run(
             "micro_batches": args.micro_batches,
         },
         "neurons": backend._asdict(),
-        "sma_kernels": has_kernels(process.device) if on_gpu else False,
+        "sma_kernels": on_gpu and has_kernels(process.device, half or torch.float32, channels_last=half is not None),
         "device": torch.cuda.get_device_name(process.device) if on_gpu else "CPU",
         "versions": versions(),
     }
