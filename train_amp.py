@@ -32,7 +32,7 @@ from utils.errors import exit_with_sentence, user_input
 from utils.image_args import batch_of_process, deviations, parse_image_args, recipe_of
 from utils.logger import RunLog, check_output, write_evaluation
 from utils.losses import cross_entropy
-from utils.optim import averaged, cosine
+from utils.optim import averaged, cosine_one_epoch_late
 from utils.signals import StopSignal
 
 NETS = {"resnet18": sma_ms_resnet18, "resnet34": sma_ms_resnet34, "resnet104": sma_ms_resnet104}
@@ -43,9 +43,9 @@ RECIPE = {
     "RTR": 2,
     "image_size": 224,
     "batch_size": 256,  # of all processes together; the published command has -b 384
-    "epochs": 200,  # also the period of the cosine
+    "epochs": 200,  # and the period of the cosine
     "lr": 0.1,
-    "decay": 1e-4,  # weight decay of SGD
+    "weight_decay": 1e-4,  # of SGD
     "label_smoothing": 0.1,
     "seed": 445,
 }
@@ -60,7 +60,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> MSResNet:
         num_classes=num_classes,
         sma_blocks=args.sma_blocks,
         branch_groups=args.branch_groups,
-        checkpoint=args.checkpoint_activations,
+        recompute=args.checkpoint_activations,
         width=args.width,
         AZO=args.AZO,
         RCR=args.RCR,
@@ -84,7 +84,7 @@ def main() -> None:
             for_training=not args.evaluate,
         )
         train_batches, test_batches = make_loaders(
-            data, batch_size, args.num_workers, args.seed, process, collate=readable
+            data, batch_size, args.num_workers, args.seed, process, collate=readable, drop_last=False
         )
         torch.manual_seed(args.seed)  # the same first weights in every process
         with user_input():
@@ -107,8 +107,8 @@ def main() -> None:
             write_evaluation(args.output_dir, process, result, **facts)
             return
 
-        optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.decay)
-        scheduler = cosine(optimizer, args.epochs, args.warm_up)
+        optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
+        scheduler = cosine_one_epoch_late(optimizer, args.epochs, args.warm_up)
         scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
         evaluated = averaged(net, args.ema, optimizer) if args.ema else net
         train_loss = cross_entropy(args.label_smoothing)

@@ -39,14 +39,15 @@ RECIPE = {
     "RCR": 24,
     "RTR": 4,
     "batch_size": 6,  # per process; published with 4 processes
-    "epochs": 300,  # also the period of the cosine
+    "epochs": 300,  # and the period of the cosine
     "lr": 1e-3,
-    "decay": 1e-3,  # momentum decay of NAdam
+    "weight_decay": 0.0,  # of NAdam
+    "momentum_decay": 1e-3,
     "seed": 3402,
     "split_seed": 3402,
 }
 # What --demo changes: small enough to learn in minutes on a CPU.
-DEMO = {"width": 0.25, "frame_size": [32, 32], "keep_frames": True}
+DEMO = {"width": 0.25, "frame_size": [32, 32], "num_workers": 0}
 DEMO |= {"batch_size": 16, "epochs": 16, "lr": 1e-3}
 
 
@@ -59,7 +60,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> VGG8:
         sma_blocks=args.sma_blocks,
         branch_activation=args.branch_activation,
         branch_groups=args.branch_groups,
-        checkpoint=args.checkpoint_activations,
+        recompute=args.checkpoint_activations,
         AZO=args.AZO,
         RCR=args.RCR,
         RTR=args.RTR,
@@ -80,7 +81,6 @@ def main() -> None:
             sensor_size=args.sensor_size,
             frame_size=args.frame_size,
             demo=args.demo,
-            keep_in_memory=args.keep_frames,
             frames=args.frames,
             on_bad_sample=args.on_bad_sample,
         )
@@ -100,8 +100,10 @@ def main() -> None:
             write_evaluation(args.output_dir, process, result, **facts)
             return
 
-        optimizer = torch.optim.NAdam(net.parameters(), lr=args.lr, momentum_decay=args.decay)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+        optimizer = torch.optim.NAdam(
+            net.parameters(), lr=args.lr, weight_decay=args.weight_decay, momentum_decay=args.momentum_decay
+        )
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.decay)
         scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
         trained = DistributedDataParallel(net) if process.world_size > 1 else net
         torch.manual_seed(args.seed + process.rank)  # dropout differs between the processes

@@ -39,15 +39,15 @@ RECIPE = {
     "RCR": 4,
     "RTR": 4,
     "batch_size": 24,  # per process; published with 4 processes
-    "epochs": 200,  # also the period of the cosine
+    "epochs": 200,  # and the period of the cosine
     "lr": 1e-3,
-    "decay": 0.0,  # weight decay of Adam
+    "weight_decay": 0.0,  # of Adam
     "seed": 3404,
     "split_seed": 3404,
     "flip": True,
 }
 # What --demo changes: small enough to learn in minutes on a CPU. Mirrored gestures would be other gestures.
-DEMO = {"width": 0.25, "frame_size": [32, 32], "keep_frames": True, "flip": False}
+DEMO = {"width": 0.25, "frame_size": [32, 32], "num_workers": 0, "flip": False}
 DEMO |= {"batch_size": 16, "epochs": 16, "lr": 3e-3}
 
 
@@ -60,7 +60,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> VGG8:
         sma_blocks=args.sma_blocks,
         branch_activation=args.branch_activation,
         branch_groups=args.branch_groups,
-        checkpoint=args.checkpoint_activations,
+        recompute=args.checkpoint_activations,
         AZO=args.AZO,
         RCR=args.RCR,
         RTR=args.RTR,
@@ -83,7 +83,6 @@ def main() -> None:
             augment=partial(flip_and_shift, flip=args.flip),
             seed=args.seed,
             demo=args.demo,
-            keep_in_memory=args.keep_frames,
             frames=args.frames,
             on_bad_sample=args.on_bad_sample,
         )
@@ -103,8 +102,8 @@ def main() -> None:
             write_evaluation(args.output_dir, process, result, **facts)
             return
 
-        optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, weight_decay=args.decay)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+        optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.decay)
         scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
         trained = DistributedDataParallel(net) if process.world_size > 1 else net
         torch.manual_seed(args.seed + process.rank)  # dropout differs between the processes

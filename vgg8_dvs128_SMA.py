@@ -38,13 +38,13 @@ RECIPE = {
     "RCR": 10,
     "RTR": 4,
     "batch_size": 9,  # per process; published with 4 processes
-    "epochs": 200,  # also the period of the cosine
+    "epochs": 200,  # and the period of the cosine
     "lr": 1e-4,
-    "decay": 1e-3,  # weight decay of AdamW
+    "weight_decay": 1e-3,  # of AdamW
     "seed": 3401,
 }
 # What --demo changes: small enough to learn in two minutes on two CPU cores.
-DEMO = {"timesteps": 4, "width": 0.25, "frame_size": [32, 32], "keep_frames": True}
+DEMO = {"timesteps": 4, "width": 0.25, "frame_size": [32, 32], "num_workers": 0}
 DEMO |= {"batch_size": 8, "epochs": 24, "lr": 2e-3}
 
 
@@ -57,7 +57,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> VGG8:
         sma_blocks=args.sma_blocks,
         branch_activation=args.branch_activation,
         branch_groups=args.branch_groups,
-        checkpoint=args.checkpoint_activations,
+        recompute=args.checkpoint_activations,
         AZO=args.AZO,
         RCR=args.RCR,
         RTR=args.RTR,
@@ -76,7 +76,6 @@ def main() -> None:
             sensor_size=args.sensor_size,
             frame_size=args.frame_size,
             demo=args.demo,
-            keep_in_memory=args.keep_frames,
             frames=args.frames,
             on_bad_sample=args.on_bad_sample,
         )
@@ -96,8 +95,8 @@ def main() -> None:
             write_evaluation(args.output_dir, process, result, **facts)
             return
 
-        optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=args.decay)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.decay)
         scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
         trained = DistributedDataParallel(net) if process.world_size > 1 else net
         torch.manual_seed(args.seed + process.rank)  # dropout differs between the processes

@@ -15,7 +15,7 @@ from utils.data.loaders import make_loaders, set_epoch
 from utils.distributed import Process
 from utils.engine import time_first
 from utils.errors import DataError, UserError
-from utils.prepare.frames import DATA_SETS
+from utils.prepare.datasets import DATA_SETS
 from utils.prepare.spikingjelly_data import published_md5
 
 
@@ -242,11 +242,12 @@ def test_frame_size_resizes_and_keeps_the_mean(gesture_data):
     torch.testing.assert_close(small.train[0][0].mean(), full.train[0][0].mean(), rtol=0.02, atol=0)
 
 
-def test_kept_frames_are_the_read_ones(gesture_data):
-    read = load_event_data("dvs128", gesture_data, 4, frame_size=(32, 32))
-    kept = load_event_data("dvs128", gesture_data, 4, frame_size=(32, 32), keep_in_memory=True)
+def test_resized_frames_are_the_same_packed_and_not(gesture_data):
+    read = load_event_data("dvs128", gesture_data, 4, frame_size=(32, 32), frames="npz")
+    packed = load_event_data("dvs128", gesture_data, 4, frame_size=(32, 32))
+    assert packed.train.store is not None and read.train.store is None
     for index in (0, 21):
-        assert torch.equal(kept.train[index][0], read.train[index][0])
+        assert torch.equal(packed.train[index][0], read.train[index][0])
 
 
 def test_flip_and_shift_is_the_same_for_all_frames_and_drops_what_leaves():

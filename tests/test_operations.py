@@ -16,7 +16,7 @@ from tools import report
 from utils.analysis.operations import LayerCount, OperationCounter, fan_out
 from utils.describe import describe_training
 from utils.errors import exit_with_sentence
-from utils.prepare.frames import DATA_SETS
+from utils.prepare.datasets import DATA_SETS
 
 
 class Emit(nn.Module):

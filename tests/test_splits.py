@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from tests.conftest import ROOT
 from utils.data.splits import make_split, read_split
 from utils.errors import UserError
-from utils.prepare.frames import DATA_SETS
+from utils.prepare.datasets import DATA_SETS
 from utils.prepare.spikingjelly_data import _function
 
 CIFAR = [f"{label}/cifar10_{label}_{number}" for label in DATA_SETS["cifar10dvs"].class_names for number in range(1000)]

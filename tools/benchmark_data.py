@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from utils.args import whole
 from utils.data.events import EventFrames, load_event_data
 from utils.errors import UserError
-from utils.prepare.frames import DATA_SETS
+from utils.prepare.datasets import DATA_SETS
 from utils.prepare.spikingjelly_data import load_npz_frames
 
 __all__ = ["add_data_arguments", "benchmark_data"]
@@ -51,17 +52,23 @@ def _rows(title: str, data_set: str, data_dir: Path, args: argparse.Namespace) -
     data = load_event_data(data_set, data_dir, args.timesteps).train
     step = max(1, len(data) // args.count)
     chosen = range(0, len(data), step)[: args.count]
-    paths = {
-        "SpikingJelly .npz": lambda index: load_npz_frames(data.files[index][0]),
-        "packed, float32": lambda index: data[index][0],
-        "packed, as sent to the device": lambda index: data.__getitems__([index])[0][0],
-    }
-    for index in chosen:
-        if not all(np.array_equal(read(index), paths["SpikingJelly .npz"](index)) for read in paths.values()):
-            raise UserError(f"sample {data.files[index][0]} differs between its paths; report this")
-    seconds = _alternate({name: lambda read=read: _seconds(read, chosen) for name, read in paths.items()}, args.runs)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
     npz = sum(data.files[index][0].stat().st_size for index in chosen)
+    packed = data.store.path.stat().st_size * len(chosen) // len(data) if data.store is not None else 0
+    paths: dict[str, tuple[Callable[[int], Any], int]] = {
+        "SpikingJelly .npz": (lambda index: load_npz_frames(data.files[index][0]), npz),
+        "packed, float32": (lambda index: data[index][0], packed),
+        "packed, as sent to the device": (lambda index: data.__getitems__([index])[0][0], packed),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        paths |= _with_h5py(data, chosen, Path(scratch))
+        expected = {index: paths["SpikingJelly .npz"][0](index) for index in chosen}
+        for read, _ in paths.values():
+            for index in chosen:
+                if not np.array_equal(read(index), expected[index]):
+                    raise UserError(f"sample {data.files[index][0]} differs between its paths; report this")
+        tasks: dict[str, Callable[[], float]] = {n: partial(_seconds, r, chosen) for n, (r, _) in paths.items()}
+        seconds = _alternate(tasks, args.runs)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     return [
         {
             "frames": title if name.startswith("Spiking") else "",
@@ -70,18 +77,26 @@ def _rows(title: str, data_set: str, data_dir: Path, args: argparse.Namespace) -
             "from": len(chosen) / max(seconds[name]),
             "to": len(chosen) / min(seconds[name]),
             "speed-up": medians["SpikingJelly .npz"] / medians[name],
-            "bytes/sample": (npz if name.startswith("Spiking") else _packed_bytes(data, chosen)) // len(chosen),
-            "bytes, ratio": 1.0 if name.startswith("Spiking") else _packed_bytes(data, chosen) / npz,
+            "bytes/sample": size // len(chosen),
+            "bytes, ratio": size / npz,
         }
-        for name in paths
+        for name, (_, size) in paths.items()
     ]
 
 
-def _packed_bytes(data: EventFrames, chosen: range) -> int:
-    """Of these samples, with their share of header and table."""
-    store = data.store
-    overhead = int(store.offsets[0]) * len(chosen) // len(store)
-    return overhead + sum(int(store.offsets[index + 1] - store.offsets[index]) for index in chosen)
+def _with_h5py(data: EventFrames, chosen: range, folder: Path) -> dict[str, tuple[Callable[[int], Any], int]]:
+    """The same samples in HDF5 (gzip 4, Fletcher-32, a chunk a sample), for comparison, where h5py is installed."""
+    try:
+        import h5py  # only for this comparison
+    except ImportError:
+        return {}
+    frames = np.stack([data.__getitems__([index])[0][0].numpy() for index in chosen])
+    options = {"chunks": (1, *frames.shape[1:]), "compression": "gzip", "fletcher32": True}
+    with h5py.File(folder / "frames.h5", "w") as file:
+        file.create_dataset("frames", data=frames, **options)
+    stored = h5py.File(folder / "frames.h5")["frames"]
+    place = {index: number for number, index in enumerate(chosen)}
+    return {"h5py, for comparison": (lambda index: stored[place[index]], (folder / "frames.h5").stat().st_size)}
 
 
 def _seconds(read: Callable[[int], Any], chosen: range) -> float:
@@ -107,10 +122,10 @@ def write_recordings(root: Path, events: int, count: int) -> None:
         rng = np.random.default_rng(number)
         t = np.sort(rng.integers(0, int(SECONDS * 1e6), events))
         phase = t / 1e6 * rng.uniform(2, 8)
-        x, y = (64 + 25 * f(phase) + rng.normal(0, 12, events) for f in (np.cos, np.sin))
+        places = np.stack([64 + 25 * f(phase) + rng.normal(0, 12, events) for f in (np.cos, np.sin)])
         noise = rng.random(events) < 0.1
-        x[noise], y[noise] = rng.uniform(0, 128, (2, noise.sum()))
+        places[:, noise] = rng.uniform(0, 128, (2, noise.sum()))
         path = root / f"events_np/{'test' if number == count else 'train'}/0/{number:05}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
-        x, y = (np.clip(axis, 0, 127).astype(np.int64) for axis in (x, y))
+        x, y = np.clip(places, 0, 127).astype(np.int64)
         np.savez(path, t=t, x=x, y=y, p=rng.integers(0, 2, events))

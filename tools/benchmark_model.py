@@ -31,8 +31,8 @@ from models import (
     sma_vgg8_dvs128,
     sma_vgg8_ncaltech101,
 )
+from models.fast import equations_only
 from models.neurons import lif, multi_dimensional_attention, reset_net, select_backend, temporal_wise_attention
-from tools.direct_sma import as_direct
 from utils.data.images import to_channels_last
 from utils.engine import AMP_DTYPES
 from utils.errors import UserError, user_input
@@ -89,7 +89,7 @@ def make_form(name: str, form: str, T: int) -> nn.Module | None:
     if form in ("SMA", LOWER_BOUND):
         return subject.factory(T=T)
     if form == "SMA, direct":
-        return as_direct(subject.factory(T=T))
+        return equations_only(subject.factory(T=T))
     if form == "SMA, depthwise":
         return subject.factory(T=T, branch_groups="channel")
     if name == "block":
@@ -172,7 +172,7 @@ def steps_of(name: str, form: str, setting: Setting) -> tuple[dict[str, Step], s
             seen[0](x)
         reset_net(seen[0])
 
-    return {"training": training, "evaluation": evaluation}, backend, flops
+    return {"training": training, "evaluation": evaluation}, str(backend), flops
 
 
 def _layers_alone(net: nn.Module, x: Tensor, setting: Setting) -> dict[str, Step]:

@@ -45,7 +45,7 @@ __all__ = ["Group", "Run", "differences", "group_runs", "make_parser", "read_run
 Z = 1.96
 # What a result does not depend on, or what is compared by itself (the data, in words).
 _IGNORED = {
-    "seed", "data_dir", "output_dir", "log_dir", "resume", "keep_every", "keep_frames", "device", "local_rank", "gpu",
+    "seed", "data_dir", "output_dir", "log_dir", "resume", "keep_every", "device", "local_rank", "gpu",
     "num_workers", "evaluate", "backend", "decoder", "timeout", "deterministic",
 }  # fmt: skip
 

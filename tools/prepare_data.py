@@ -24,9 +24,9 @@ if not __package__:  # run as a file: the modules of the repository are one fold
 
 from utils.args import size, whole  # noqa: E402
 from utils.data.events import EventData, check_event_data, load_event_data  # noqa: E402
+from utils.data.folders import listing  # noqa: E402
 from utils.errors import SentenceParser, StopRequested, UserError, exit_with_sentence  # noqa: E402
-from utils.prepare.check import listing  # noqa: E402
-from utils.prepare.frames import DATA_SETS, DataSet  # noqa: E402
+from utils.prepare.datasets import DATA_SETS, DataSet  # noqa: E402
 
 
 def prepare(args: argparse.Namespace, about: DataSet) -> None:

@@ -32,7 +32,7 @@ if not __package__:  # run as a file: the modules of the repository are one fold
     sys.path.insert(0, str(ROOT))
 
 from utils.errors import EXIT_INTERRUPTED, SentenceParser, UserError, exit_with_sentence  # noqa: E402
-from utils.prepare.frames import one_process_at_a_time  # noqa: E402
+from utils.prepare.lock import one_process_at_a_time  # noqa: E402
 
 PAGE = "https://image-net.org/download-images"
 ARCHIVES = {

@@ -37,7 +37,7 @@ from utils.distributed import Process, start, sum_over_processes
 from utils.errors import SentenceParser, UserError, exit_with_sentence
 from utils.logger import check_output, progress_bar
 from utils.pictures import Kind, save_as_gif, save_as_pic, save_every_frame_of_an_entire_DVS_dataset
-from utils.prepare.frames import DATA_SETS, sample_name
+from utils.prepare.datasets import DATA_SETS, sample_name
 
 __all__ = ["make_parser", "mean_attention", "spike_maps"]
 

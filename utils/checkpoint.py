@@ -23,7 +23,7 @@ from utils.versions import versions
 
 __all__ = ["Checkpoints", "describe_ms_resnet", "describe_vgg8", "load_weights", "put_weights", "read_weights"]
 
-FORMAT = 3
+FORMAT = 4  # 3: one dropout mask a step, another ImageNet schedule, another --decay
 _WRAPPERS = ("model", "net", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -417,8 +417,9 @@ class Checkpoints:
             )
         if state["format"] != FORMAT:
             raise UserError(
-                f"checkpoint {path} has format {state['format']} and this program reads {FORMAT}; its weights can be "
-                "loaded with --weights into another --output-dir"
+                f"checkpoint {path} has format {state['format']} and this program continues format {FORMAT}: dropout, "
+                "the ImageNet schedule and --decay changed in between (CHANGELOG.md); start anew from its weights with "
+                "--weights into another --output-dir"
             )
         wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
         wrong += [name for name in ("processes", "best") if name not in wrong and not _FITS[name](state[name])]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.sma import has_kernels
+from models.fast import has_kernels
 from utils.data.events import EventData
 from utils.data.images import ImageData
 from utils.distributed import Process
@@ -90,7 +90,7 @@ def _with_common_facts(facts: dict[str, str], args: Any, backend: str, process: 
     device = torch.cuda.get_device_name(process.device) if on_gpu else "CPU"
     evaluation = _precision(args.eval_amp)
     facts |= {
-        "neurons": backend,
+        "neurons": str(backend),
         "SMA": ("Triton kernels" if has_kernels(process.device) else "PyTorch, no kernels") if on_gpu else "",
         "precision": evaluation if args.evaluate else f"training {_precision(args.amp)}, evaluation {evaluation}",
         "processes": f"{process.world_size} on {device}",

@@ -37,14 +37,13 @@ _COMMON: dict[str, Any] = {
     "split": "random",
     "frames": "packed",
     "on_bad_sample": "stop",
-    "keep_frames": False,
     "flip": True,
 }
 
 _RECIPE_FIELDS = (
     "demo", "timesteps", "width", "sma_blocks", "branch_activation", "branch_groups", "AZO", "RCR", "RTR",
     "sensor_size", "frame_size", "split", "split_seed", "flip", "batch_size", "accumulate", "epochs", "lr",
-    "decay", "amp", "eval_amp", "seed", "weights",
+    "decay", "weight_decay", "momentum_decay", "amp", "eval_amp", "seed", "weights",
 )  # fmt: skip
 
 _EVALUATION_FIELDS = (
@@ -78,13 +77,12 @@ def parse_event_args(
     told = told_by_weights(given, describe_vgg8, INPUT_FIELDS, {})
     demo = demo if given.get("demo", told.get("demo")) else {}
     args = argparse.Namespace(**{**_COMMON, **recipe, **demo, **told, **given})
+    args.decay = getattr(args, "decay", args.epochs)
     if args.batch_size % args.accumulate:
         raise UserError(
             f"--accumulate {args.accumulate} does not divide --batch-size {args.batch_size}; the parts of a batch must "
             "be of one size"
         )
-    if args.num_workers is None and args.keep_frames:
-        args.num_workers = 0
     complete(args, data_set, data_set)
     return args
 
@@ -100,7 +98,7 @@ def recipe_of(args: argparse.Namespace, split: str | None = None) -> dict[str, A
 
 def deviations(args: argparse.Namespace, recipe: dict[str, Any], processes: int) -> dict[str, tuple[Any, Any]]:
     """Settings (for an evaluation: of data and network) that differ from the recipe: name to (published, used)."""
-    published = {**_COMMON, "amp": "fp16", "processes": _PUBLISHED_PROCESSES, **recipe}
+    published = {**_COMMON, "amp": "fp16", "processes": _PUBLISHED_PROCESSES, "decay": recipe["epochs"], **recipe}
     used = {**recipe_of(args), "processes": processes}
     if args.evaluate:
         used = settings_of(args, _EVALUATION_FIELDS)
@@ -125,7 +123,6 @@ def event_parser(description: str, recipe: dict[str, Any]) -> ScriptParser:
         add("--flip", action=switch, help="mirror half of the training samples", default="on")
     add("--frames", choices=("packed", "npz"), help="read packed frames, made once, or the files", default="packed")
     add("--on-bad-sample", choices=("stop", "skip"), help="leave damaged samples out, or stop", default="stop")
-    add("--keep-frames", action=switch, help="read all frames once, into memory", default="off; on for the demo")
 
     add = parser.group("network")
     add("-T", "--timesteps", type=whole(1), metavar="T", help="frames per sample", default=recipe["timesteps"])
@@ -139,10 +136,13 @@ def event_parser(description: str, recipe: dict[str, Any]) -> ScriptParser:
     add("-b", "--batch-size", type=whole(1), metavar="N", help="per process", default=recipe["batch_size"])
     add_accumulate(add)
     add("-N", "--epochs", "--epoch", dest="epochs", type=whole(1), metavar="N",
-        help="also the length of the cosine schedule", default=recipe["epochs"])  # fmt: skip
+        help="epochs to train", default=recipe["epochs"])  # fmt: skip
     add("--lr", "--learning-rate", type=above_zero, metavar="X", help="learning rate", default=recipe["lr"])
-    add("--decay", type=not_negative, metavar="X",
-        help="weight decay; of NAdam, momentum decay", default=recipe["decay"])  # fmt: skip
+    add("--decay", type=whole(1), metavar="N",
+        help="period of the cosine in epochs; the learning rate rises again after it", default="--epochs")  # fmt: skip
+    add("--weight-decay", type=not_negative, metavar="X", help="weight decay", default=recipe["weight_decay"])
+    if "momentum_decay" in recipe:
+        add("--momentum-decay", type=not_negative, metavar="X", help="of NAdam", default=recipe["momentum_decay"])
     add("--amp", choices=("fp16", "bf16", "off"), help="mixed precision in training", default="fp16 on a GPU")
     add("--seed", type=whole(0), metavar="N", help="of weights, order, augmentation", default=recipe["seed"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,17 @@ import torch
 
 from utils.errors import UserError
 
-__all__ = ["DamagedFileError", "partial_of", "read_checked", "write_checked", "write_text", "writing"]
+__all__ = [
+    "DamagedFileError",
+    "create",
+    "is_plain_file",
+    "partial_of",
+    "read_checked",
+    "read_text",
+    "write_checked",
+    "write_text",
+    "writing",
+]
 
 _CHUNK = 1 << 20
 # torch saves a zip archive. Its comment, the very end of the file, holds the checksum of everything before it: the file
@@ -57,6 +68,41 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def is_plain_file(path: Path) -> bool:
+    """Whether there is a file of this very name: no link to one, no named pipe, no device."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def create(path: Path) -> BinaryIO:
+    """Open a new file for writing, under a name that only this program uses.
+
+    What a killed process left under it is removed. Nothing that is there is ever opened: a link, a named pipe or a
+    device is an error.
+
+    Raises:
+        OSError: something else than a file has the name, or the file cannot be made.
+    """
+    if is_plain_file(path):
+        path.unlink()
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    except FileExistsError as error:
+        raise OSError(
+            error.errno, "is no file of this program, which needs the name; move it away", str(path)
+        ) from error
+    return os.fdopen(descriptor, "wb")
+
+
+def read_text(path: Path) -> str | None:
+    """The text of a file that this program wrote; None where there is no such file, or one that cannot be read."""
+    with contextlib.suppress(OSError):
+        return path.read_text("utf-8", "surrogateescape") if is_plain_file(path) else None
+    return None
+
+
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
     """Report an OSError of the block in one sentence.
@@ -81,12 +127,12 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: no room, or the folder cannot be written to.
     """
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if path.read_text(encoding="utf-8") == text:
-            return
+    if read_text(path) == text:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = partial_of(path)
-    beside.write_text(text, encoding="utf-8")
+    with create(beside) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))  # names of files may be any bytes
     os.replace(beside, path)
 
 

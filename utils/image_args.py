@@ -46,8 +46,8 @@ _COMMON: dict[str, Any] = {
 
 _RECIPE_FIELDS = (
     "demo", "net", "timesteps", "width", "sma_blocks", "branch_groups", "AZO", "RCR", "RTR", "image_size", "test_crop",
-    "decoder", "batch_size", "accumulate", "epochs", "lr", "warm_up", "decay", "label_smoothing", "mixup", "ema", "amp",
-    "eval_amp", "seed", "weights",
+    "decoder", "batch_size", "accumulate", "epochs", "lr", "warm_up", "weight_decay", "label_smoothing", "mixup", "ema",
+    "amp", "eval_amp", "seed", "weights",
 )  # fmt: skip
 
 _EVALUATION_FIELDS = ("demo", "timesteps", "width", "sma_blocks", "branch_groups", "test_crop", "decoder")
@@ -150,10 +150,16 @@ def image_parser(description: str, recipe: dict[str, Any]) -> ScriptParser:
         default=recipe["batch_size"])  # fmt: skip
     add_accumulate(add)
     add("-N", "--epochs", "--epoch", dest="epochs", type=whole(1), metavar="N",
-        help="with the warm-up, the length of the schedule", default=recipe["epochs"])  # fmt: skip
+        help="epochs to train; in the last one the learning rate is 0", default=recipe["epochs"])  # fmt: skip
     add("-lr", "--lr", "--learning-rate", type=above_zero, metavar="X", help="learning rate", default=recipe["lr"])
-    add("--warm-up", type=whole(0), metavar="N", help="epochs of rising learning rate", default="0: none")
-    add("--decay", "--weight-decay", type=not_negative, metavar="X", help="weight decay", default=recipe["decay"])
+    add(
+        "--warm-up",
+        type=whole(0),
+        metavar="N",
+        help="epochs of rising learning rate; the cosine takes the others",
+        default="0: none",
+    )
+    add("--weight-decay", type=not_negative, metavar="X", help="of SGD", default=recipe["weight_decay"])
     add("--label-smoothing", type=not_negative, metavar="X", help="in training", default=recipe["label_smoothing"])
     add("--mixup", action=switch, help="Mixup 0.8 or CutMix 1.0 in every batch", default="off")
     add("--ema", type=not_negative, metavar="X", help="evaluate and save averaged weights, of this decay",

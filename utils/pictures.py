@@ -23,7 +23,7 @@ from utils.data.events import EventFrames, load_event_data
 from utils.errors import UserError
 from utils.files import partial_of, write_text, writing
 from utils.logger import progress_bar
-from utils.prepare.frames import DATA_SETS
+from utils.prepare.datasets import DATA_SETS
 
 __all__ = ["Kind", "colours", "save_as_gif", "save_as_pic", "save_every_frame_of_an_entire_DVS_dataset"]
 

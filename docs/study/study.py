@@ -130,10 +130,8 @@ def _load(name: str, data_dir: Path) -> EventData:
     T = SETTINGS[name].T
     if name == "N-MNIST":
         split = data_dir / "nmnist" / "split.csv"
-        return load_event_data(
-            "ncaltech101", data_dir / "nmnist", T, split=str(split), sensor_size=(34, 34), keep_in_memory=True
-        )
-    return load_event_data("dvs128", data_dir / "objects", T, frame_size=(32, 32), keep_in_memory=True)
+        return load_event_data("ncaltech101", data_dir / "nmnist", T, split=str(split), sensor_size=(34, 34))
+    return load_event_data("dvs128", data_dir / "objects", T, frame_size=(32, 32))
 
 
 def _recipe(name: str, net: nn.Module, lr: float) -> tuple[torch.optim.Optimizer, Callable[[Tensor, Tensor], Tensor]]:

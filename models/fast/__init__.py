@@ -1,0 +1,33 @@
+"""The same numbers as the equations of ``models/sma.py``, sooner: ``SMA.forward`` asks :func:`fast_forward`.
+
+========================  ==============================================================================================
+``forward.py``            the way through a pass of SMA, and its recomputation
+``dispatch.py``           the one place that decides which form of a pass runs where
+``passes.py``             the two passes after the convolutions, as functions of autograd and as equations
+``loops.py``              their values in PyTorch, step by step
+``kernels.py``            their values on a GPU, in Triton
+========================  ==============================================================================================
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from .dispatch import has_kernels
+from .forward import fast_forward
+
+__all__ = ["equations_only", "fast_forward", "has_kernels"]
+
+
+def equations_only(net: nn.Module) -> nn.Module:
+    """A copy of ``net`` in which every SMA runs its equations: what the fast form is tested and measured against.
+
+    The neurons must be in their first state (``functional.reset_net``).
+    """
+    net = copy.deepcopy(net)
+    for module in net.modules():
+        if hasattr(module, "S_Convs"):  # an SMA; its file imports this one
+            module.fast = False  # type: ignore[assignment]
+    return net

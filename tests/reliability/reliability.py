@@ -54,7 +54,7 @@ from utils.errors import SentenceParser, UserError, exit_with_sentence
 from utils.files import read_checked
 from utils.logger import check_output
 from utils.losses import mse_of_mean
-from utils.prepare.frames import DATA_SETS
+from utils.prepare.datasets import DATA_SETS
 from utils.versions import machine, versions
 
 __all__ = ["damages", "hostile_files", "make_parser"]
@@ -66,7 +66,7 @@ SCRIPTS = {
     "SGD": ("train_amp.py", "imagenet"),
     "SGD + EMA": ("train_amp.py", "imagenet"),
 }
-EVENTS = ["-T", "4", "--width", "0.125", "--RCR", "4", "--frame-size", "32", "--keep-frames"]
+EVENTS = ["-T", "4", "--width", "0.125", "--RCR", "4", "--frame-size", "32"]
 IMAGES = ["-T", "2", "--width", "0.125", "--image-size", "32", "--mixup", "--accumulate", "2", "--warm-up", "1"]
 TIMEOUT = 5  # seconds, of the runs that lose a process
 ALONE = Process(0, 0, 1, torch.device("cpu"))

@@ -25,7 +25,7 @@ from utils.engine import time_first
 from utils.errors import UserError, user_input
 from utils.event_args import INPUT_FIELDS as EVENT_INPUTS
 from utils.image_args import INPUT_FIELDS as IMAGE_INPUTS
-from utils.prepare.frames import DATA_SETS
+from utils.prepare.datasets import DATA_SETS
 
 __all__ = ["Inspected", "add_inspection", "load_inspected"]
 
@@ -162,7 +162,7 @@ def _ready(
     backend = select_backend(net, args.backend, process.device)
     only_test = argparse.Namespace(train=None, test=data.test)
     _, batches = make_loaders(only_test, args.batch_size, args.num_workers, 0, process)
-    facts = {"weights": str(args.weights), **facts, "samples": f"{len(data.test)} test", "neurons": backend}
+    facts = {"weights": str(args.weights), **facts, "samples": f"{len(data.test)} test", "neurons": str(backend)}
     return Inspected(net, batches, data.test, prepare, data.classes, facts)
 
 

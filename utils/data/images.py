@@ -305,8 +305,8 @@ class Mixup:
         self.batch += 1
         # timm takes even batches only; the odd image (others may have been left out) goes unmixed.
         even = len(images) - len(images) % 2
-        mixed, targets = self.mixup(images[:even], labels[:even])
-        if even < len(images):
-            last = torch.nn.functional.one_hot(labels[even:], targets.shape[1]).to(targets)
-            mixed, targets = torch.cat([mixed, images[even:]]), torch.cat([targets, last])
-        return mixed, targets
+        unmixed = images[even:], nn.functional.one_hot(labels[even:], self.mixup.num_classes).to(images)
+        if even == 0:
+            return unmixed
+        mixed = self.mixup(images[:even], labels[:even])
+        return torch.cat([mixed[0], unmixed[0]]), torch.cat([mixed[1], unmixed[1].to(mixed[1])])

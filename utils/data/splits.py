@@ -6,7 +6,8 @@ A split file is text with a line for every sample,
     test,<class>/<sample>,<checksum>
 
 ``#`` starts a comment. The checksum may be left out or ``-``; it is that of the sample's event counts (see
-``content_checksum`` in utils/prepare/check.py). ``train,*`` or ``test,*`` stands for all samples that no line names.
+``content_checksum`` in utils/prepare/check.py), and in the split.txt of a run it goes on with ``:`` and that of the
+frames, which depends on T. ``train,*`` or ``test,*`` stands for all samples that no line names.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import math
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
 from utils.errors import UserError
 
-__all__ = ["RULES", "Split", "make_split", "read_split"]
+__all__ = ["RULES", "Split", "SplitInfo", "changes", "make_split", "read_split"]
 
 RULES = ("random", "first90", "tebn")
 
@@ -37,33 +38,40 @@ class Split:
     They are ``<class>/<sample>``, or ``<part>/<class>/<sample>`` of a data set with its own split.
     """
 
-    title: str  # the rule or the file in words
-    name: str  # the rule as the beginning of a file name; "file" for any file
+    rule: str  # of RULES, "own" of a data set with train and test folders, "file"
     train: tuple[str, ...]
     test: tuple[str, ...]
+    seed: int | None = None  # of a random one
+    file: str | None = None  # that names the samples
     checksums: Mapping[str, str] = field(default_factory=dict)  # that its file demands
+
+    @property
+    def name(self) -> str:
+        """The rule, with its seed, as the beginning of a file name."""
+        return self.rule if self.seed is None else f"{self.rule}_seed{self.seed}"
 
     @property
     def fingerprint(self) -> str:
         """8 digits that depend on the names and their part, and on nothing else."""
         parts = zip(_PARTS, (self.train, self.test), strict=True)
         lines = sorted(f"{part},{_short(name)}" for part, names in parts for name in names)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
+        return _hash("\n".join(lines))[:8]
 
     @property
     def file_name(self) -> str:
         """Without suffix, another one for other samples."""
         return f"{self.name}_{self.fingerprint}"
 
-    @property
-    def described(self) -> str:
-        """For the header of a run and every result."""
-        return f"{self.title}, fingerprint {self.fingerprint}"
-
     def without(self, names: set[str]) -> Split:
         """The same without these samples."""
         train, test = (tuple(n for n in part if n not in names) for part in (self.train, self.test))
-        return Split(self.title, self.name, train, test, self.checksums)
+        return replace(self, train=train, test=test)
+
+    def contents(self, checksums: Mapping[str, str], labels: Mapping[str, int]) -> str:
+        """16 digits that depend on every sample's name, part, label and checksum."""
+        parts = zip(_PARTS, (self.train, self.test), strict=True)
+        lines = [f"{part},{name},{labels[name]},{checksums[name]}" for part, names in parts for name in names]
+        return _hash("\n".join(lines))[:16]
 
     def manifest(self, data_set: str, checksums: Mapping[str, str]) -> str:
         """The text of its file."""
@@ -75,6 +83,61 @@ class Split:
         for part, names in zip(_PARTS, (self.train, self.test), strict=True):
             lines += [f"{part},{_short(name)},{checksums.get(name, _UNKNOWN)}" for name in names]
         return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """What a run's samples are, in values: for ``args.json``, checkpoints, ``evaluation.json`` and exported files."""
+
+    rule: str  # "random", "first90", "tebn", "own", "file"
+    seed: int | None
+    file: str | None
+    fingerprint: str  # of the names in training and test, the same for every T and on every machine
+    contents: str  # of names, labels and frames: it changes with any of them
+    train: int
+    test: int
+    classes: int
+    left_out: int  # bad files
+    official: bool  # all samples of the data set, and no others
+    demo: bool
+
+    def __str__(self) -> str:
+        """In words, for the header of a run and every result."""
+        rule = {
+            "own": "the data set's own",
+            "random": f"random 90/10 in each class, seed {self.seed}",
+            "first90": "the first 90 % of each class",
+            "tebn": "TEBN's: the first 100 of each class to test",
+            "file": f"file {self.file}",
+        }[self.rule]
+        return f"{rule}, fingerprint {self.fingerprint}"
+
+
+def changes(before: str, now: str) -> list[str]:
+    """What differs between the manifests (``split.txt``) of two runs: a line for each sample, by its name.
+
+    A checksum that one of the two does not give is not compared.
+    """
+    old, new = _samples_of(before), _samples_of(now)
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        if name not in new:
+            found.append(f"{name} is not there any more")
+        elif name not in old:
+            found.append(f"{name} is new")
+        elif old[name] != new[name] and _UNKNOWN not in (old[name], new[name]):
+            events = [checksum.partition(":")[0] for checksum in (old[name], new[name])]
+            if events[0] != events[1]:
+                found.append(f"{name} has other events")
+            elif ":" in old[name] and ":" in new[name]:
+                found.append(f"{name} has other frames of the same events")
+    return found
+
+
+def _samples_of(manifest: str) -> dict[str, str]:
+    """``part,class/sample`` to its checksum."""
+    lines = (line.rpartition(",") for line in manifest.splitlines() if line and not line.startswith("#"))
+    return {name: checksum for name, _, checksum in lines}
 
 
 def make_split(rule: str, names: Sequence[str], seed: int) -> Split:
@@ -101,12 +164,7 @@ def make_split(rule: str, names: Sequence[str], seed: int) -> Split:
             cut = sum(_number(name) >= 100 for name in of_class)
         train += sorted(of_class[:cut], key=_class_and_sample)
         test += sorted(of_class[cut:], key=_class_and_sample)
-    titles = {
-        "random": f"random 90/10 in each class, seed {seed}",
-        "first90": "the first 90 % of each class",
-        "tebn": "TEBN's: the first 100 of each class to test",
-    }
-    return Split(titles[rule], f"random_seed{seed}" if rule == "random" else rule, tuple(train), tuple(test))
+    return Split(rule, tuple(train), tuple(test), seed if rule == "random" else None)
 
 
 def read_split(path: Path, names: Sequence[str]) -> Split:
@@ -132,7 +190,7 @@ def read_split(path: Path, names: Sequence[str]) -> Split:
         if name not in left:
             name, _, checksum = name.rpartition(",")
             if checksum != _UNKNOWN:
-                checksums[name] = checksum
+                checksums[name] = checksum.partition(":")[0]
         if part not in parts or name not in left:
             raise UserError(
                 f"--split {path}, line {number}: {line!r} is not 'train,<class>/<sample>' or 'test,<class>/<sample>' "
@@ -143,7 +201,11 @@ def read_split(path: Path, names: Sequence[str]) -> Split:
     if rest is not None:
         parts[rest] += left
     train, test = (tuple(sorted(parts[part], key=_class_and_sample)) for part in _PARTS)
-    return Split(f"file {path}", "file", train, test, checksums)
+    return Split("file", train, test, file=str(path), checksums=checksums)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()  # a name may be any bytes
 
 
 def _class_and_sample(name: str) -> tuple[str, str]:

@@ -13,15 +13,17 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import partial_of, write_text
+from utils.files import create, is_plain_file, partial_of, read_text, write_text
 
-__all__ = ["archive_fault", "contents_fault", "find_archives", "unpack"]
+__all__ = ["archive_fault", "contents_fault", "find_archives", "unpack_all"]
 
 _CHUNK = 1 << 20
 _Member = tuple[str, int, Callable[[], IO[bytes]], int]  # name, bytes, opens it, how far in the archive
@@ -33,6 +35,9 @@ _DAMAGE = (
 # Of an OSError: gzip and bz2 give no number, a seek to before the file's beginning gives the other.
 _DAMAGE_ERRNO = (None, errno.EINVAL)
 _NOT_DATA = ("__MACOSX",)  # and hidden files
+# What archives of recordings may unpack to: events are dense, so what grows more is no recording.
+_MOST_GROWTH, _MOST_FILES = 20, 1_000_000
+_LEAST_LIMIT = 1 << 30  # bytes
 
 
 class ArchiveError(UserError):
@@ -65,7 +70,7 @@ def archive_fault(path: Path, published: str, any_archive: bool, record: Path | 
         return ""
     status = path.stat()
     line = f"{published} {status.st_size} {status.st_mtime_ns} {path.name}"
-    known = record.read_text(encoding="utf-8").splitlines() if record is not None and record.is_file() else []
+    known = (read_text(record) or "").splitlines() if record is not None else []
     if line in known:
         return ""
     digest = hashlib.md5(usedforsecurity=False)
@@ -81,28 +86,74 @@ def archive_fault(path: Path, published: str, any_archive: bool, record: Path | 
     return ""
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a ``.zip`` or ``.tar.gz``; files that are there whole already are left as they are.
+def unpack_all(archives: Sequence[Path], folder: Path) -> None:
+    """Unpack archives ``.zip`` or ``.tar.gz``; files that are there whole already are left as they are.
 
-    A file gets its name when it is whole. Links, devices and paths that lead out of the folder are refused.
+    A file gets its name when it is whole. Links, devices and paths that lead out of the folder are refused, and so is
+    what is too much: 20 times the bytes of the archives (at least 1 GiB), a million files, or more than the disk holds.
 
     Raises:
-        ArchiveError: the archive is damaged, or has a member that may not be unpacked.
+        UserError: it is too much.
+        ArchiveError: an archive is damaged, or has a member that may not be unpacked.
         OSError: no room, or the folder cannot be written to.
     """
-    with _damage_told(archive), _bar(archive.stat().st_size, f"unpacking {archive.name}") as bar:
+    packed, free = sum(path.stat().st_size for path in archives), shutil.disk_usage(folder).free
+    free += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # of a run that was killed
+    room = _Room(folder, min(max(_MOST_GROWTH * packed, _LEAST_LIMIT), free), _MOST_FILES)
+    print(f"unpacking {_giga(packed)} of archives into {folder}: at most {_giga(room.bytes)}, {_giga(free)} are free")
+    announced = 0
+    for path in archives:
+        if path.suffix == ".zip":  # a compressed tar does not say how much it holds before its end
+            announced += _announced(path)
+            room.check(path, announced)
+    for path in archives:
+        print(f"unpacking {path} ...", flush=True)
+        _unpack(path, folder, room)
+
+
+@dataclass
+class _Room:
+    """How much may still be unpacked."""
+
+    folder: Path
+    bytes: int
+    files: int
+
+    def check(self, archive: Path, size: int) -> None:
+        """Raise UserError where there is no room for so much."""
+        if size > self.bytes or not self.files:
+            raise UserError(
+                f"archive {archive} unpacks to more than {_giga(self.bytes)} or {_MOST_FILES} files: more than "
+                f"recordings hold, or than is free in {self.folder}; make room, or use the official archive"
+            )
+
+
+def _giga(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+def _announced(archive: Path) -> int:
+    """The bytes that a zip says it unpacks to; it never gives more."""
+    with _named_damage(archive), zipfile.ZipFile(archive) as file:
+        return sum(member.file_size for member in file.infolist())
+
+
+def _unpack(archive: Path, folder: Path, room: _Room) -> None:
+    with _named_damage(archive), _bar(archive.stat().st_size, f"unpacking {archive.name}") as bar:
         for name, size, source, position in _members(archive):
             target = _safe_path(archive, folder, name)
             bar.update(position - bar.n)
-            if target is None or (target.is_file() and target.stat().st_size == size):
+            room.check(archive, size)
+            room.bytes, room.files = room.bytes - size, room.files - 1
+            if target is None or (is_plain_file(target) and target.stat().st_size == size):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            beside = partial_of(target)
-            with source() as member, beside.open("wb") as file:
+            growing = partial_of(target)
+            with source() as member, create(growing) as file:
                 shutil.copyfileobj(member, file, _CHUNK)
-            if beside.stat().st_size != size:
+            if growing.stat().st_size != size:
                 raise EOFError(f"{name} is shorter than the archive says")
-            beside.rename(target)
+            growing.rename(target)
 
 
 def contents_fault(archive: Path) -> str:
@@ -112,7 +163,7 @@ def contents_fault(archive: Path) -> str:
         OSError: the archive cannot be read.
     """
     try:
-        with _damage_told(archive), _bar(archive.stat().st_size, f"reading {archive.name}") as bar:
+        with _named_damage(archive), _bar(archive.stat().st_size, f"reading {archive.name}") as bar:
             for name, size, source, position in _members(archive):
                 _safe_path(archive, Path(), name)
                 bar.update(position - bar.n)
@@ -128,7 +179,7 @@ def contents_fault(archive: Path) -> str:
 
 
 @contextlib.contextmanager
-def _damage_told(archive: Path) -> Iterator[None]:
+def _named_damage(archive: Path) -> Iterator[None]:
     try:
         yield
     except (*_DAMAGE, OSError) as error:
@@ -169,7 +220,7 @@ def _zip_members(archive: Path) -> Iterator[_Member]:
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                 _refuse_special(archive, member.filename)
             if not member.is_dir():
-                yield member.filename, member.file_size, lambda m=member: file.open(m), member.header_offset
+                yield member.filename, member.file_size, partial(file.open, member), member.header_offset
 
 
 def _tar_members(archive: Path) -> Iterator[_Member]:
@@ -178,9 +229,15 @@ def _tar_members(archive: Path) -> Iterator[_Member]:
             if not (member.isreg() or member.isdir()):
                 _refuse_special(archive, member.name)
             if member.isreg():
-                yield member.name, member.size, lambda m=member: file.extractfile(m), raw.tell()
+                yield member.name, member.size, partial(_contents, file, member), raw.tell()
         while file.fileobj.read(_CHUNK):  # gzip compares its checksum at the end
             pass
+
+
+def _contents(file: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    contents = file.extractfile(member)
+    assert contents is not None  # it is a plain file
+    return contents
 
 
 def _bar(size: int, what: str) -> tqdm:

@@ -14,15 +14,31 @@ most about 14 times the size of their file in memory (packets of one event each;
 
 from __future__ import annotations
 
+import contextlib
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from utils.data.folders import BadFile, read_folder
 from utils.errors import DataError
+from utils.prepare.datasets import DataSet
 
-__all__ = ["Events", "RecordingError", "Span", "read_aedat2", "read_aedat3", "read_bin", "read_spans"]
+__all__ = [
+    "Events",
+    "Recording",
+    "RecordingError",
+    "Span",
+    "find_recordings",
+    "read_aedat2",
+    "read_aedat3",
+    "read_bin",
+    "read_spans",
+]
 
 Events = dict[str, np.ndarray]
 
@@ -46,6 +62,81 @@ class Span(NamedTuple):
     label: int
     start: int
     end: int
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording, and the samples (their paths below the folder of events) that it gives."""
+
+    path: Path
+    samples: tuple[str, ...]
+    changed: int  # nanoseconds: the last change of anything that its samples depend on
+    read: Callable[[], list[Events]]  # the events of every sample; raises RecordingError
+
+
+def find_recordings(folder: Path, about: DataSet) -> tuple[list[Recording], list[BadFile]]:
+    """What there is to convert; and lists, labels and classes that are not as they should be."""
+    if about.has_split:
+        return _find_labelled(folder) if any(folder.glob(f"*{about.suffix}")) else ([], [])
+    found = read_folder(folder, (about.suffix,))
+    read = read_aedat2 if about.suffix == ".aedat" else read_bin
+    recordings = [
+        Recording(Path(file.path), (name,), file.stamp.changed, partial(_read_one, read, Path(file.path)))
+        for name, file in found.files.items()
+    ]
+    return recordings, found.bad + (found.without_samples(f"{about.suffix} files") if recordings else [])
+
+
+def _read_one(read: Callable[[Path], Events], path: Path) -> list[Events]:
+    return [read(path)]
+
+
+def _find_labelled(folder: Path) -> tuple[list[Recording], list[BadFile]]:
+    """The recordings that the two lists of DVS128 Gesture name."""
+    found, bad = [], []
+    for part in ("train", "test"):
+        listed = folder / f"trials_to_{part}.txt"
+        try:
+            lines = _contents(listed).decode().splitlines()
+        except (RecordingError, UnicodeDecodeError) as error:
+            bad.append(BadFile(listed, getattr(error, "what", "is no text")))
+            continue
+        for path in (folder / Path(line.strip()).name for line in lines if line.strip()):
+            labels = path.with_name(f"{path.stem}_labels.csv")
+            try:
+                spans = read_spans(labels)
+            except RecordingError as error:
+                bad.append(BadFile(error.path, error.what))
+                continue
+            counts = dict.fromkeys((span.label for span in spans), 0)
+            samples = []
+            for span in spans:
+                samples.append(f"{part}/{span.label}/{path.stem}_{counts[span.label]}")
+                counts[span.label] += 1
+            changed = max(_changed(path), _changed(labels))
+            found.append(Recording(path, tuple(samples), changed, partial(_read_labelled, path, spans)))
+    return found, bad
+
+
+def _read_labelled(path: Path, spans: list[Span]) -> list[Events]:
+    """The events of each labelled span of a recording of DVS128 Gesture.
+
+    Raises:
+        RecordingError
+    """
+    events, cut = read_aedat3(path)
+    last = int(events["t"].max(initial=0))
+    beyond = [span for span in spans if span.end > last]
+    if cut and beyond:
+        raise RecordingError(path, f"is cut off at {last} us, before the end of {len(beyond)} of its labelled spans")
+    inside = (np.flatnonzero((events["t"] >= span.start) & (events["t"] < span.end)) for span in spans)
+    return [{name: values[chosen] for name, values in events.items()} for chosen in inside]
+
+
+def _changed(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime_ns
+    return 0
 
 
 def read_aedat3(path: Path) -> tuple[Events, bool]:
