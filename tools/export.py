@@ -15,12 +15,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +30,12 @@ if not __package__:  # run as a file: the modules of the repository are one fold
 from models import VGG8
 from models.neurons import reset_net
 from utils.args import size
+from utils.checked import write_checked
 from utils.checkpoint import put_weights, read_weights
 from utils.describe import versions
 from utils.errors import SentenceParser, UserError, exit_with_sentence, user_input
 from utils.exported import checksum_file, sha256_of, write_exported
-from utils.files import partial_of, write_checked, writing
+from utils.files import Fields, read_json, replacing, writing
 from utils.networks import build_network, describe_network
 
 __all__ = ["make_parser"]
@@ -94,17 +94,17 @@ def export_program(args: argparse.Namespace) -> None:
     facts = {**{name: beside[name] for name in _OF_A_RUN if name in beside}, "input": shape}
     content = io.BytesIO()  # torch aborts the process where it cannot write to a file
     torch.export.save(program, content, extra_files={"sma.json": json.dumps(facts)})
-    with writing(f"--output {args.output}"):
-        partial_of(args.output).write_bytes(content.getbuffer())
-        difference = _difference(net, partial_of(args.output), height_width)
-        os.replace(partial_of(args.output), args.output)
+    with writing(f"--output {args.output}"), replacing(args.output) as file:
+        file.write(content.getbuffer())
+        file.seek(0)
+        difference = _difference(net, file, height_width)
     print(f"{args.output}: input {shape}; largest difference of its logits from the network's: {difference:g}")
 
 
 def _known_of_run(path: Path, beside: Mapping[str, Any], evaluation: Path | None) -> dict[str, Any]:
     """The accuracy of the weights, of what it is one, and the data and split, as the files of the run tell them."""
-    measured = _read_json(evaluation or path.with_name("evaluation.json"), needed=evaluation is not None)
-    run = _read_json(path.with_name("args.json"), needed=False)
+    measured = _read_json(evaluation or path.with_name("evaluation.json"), evaluation is not None, _EVALUATION)
+    run = _read_json(path.with_name("args.json"), False, {"data": (str, None)})
     epoch, epochs = beside.get("epoch"), beside.get("recipe", {}).get("epochs")
     best = beside.get("best", {})
     of = ""
@@ -131,16 +131,11 @@ def _same_file(told: str | None, path: Path) -> bool:
     return told is not None and Path(told).resolve() == path.resolve()
 
 
-def _read_json(path: Path, needed: bool) -> dict[str, Any]:
-    if not needed and not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"file {path} cannot be read ({error}); give the file that a script wrote") from error
-    if not isinstance(content, dict):
-        raise UserError(f"file {path} holds no JSON object; give the file that a script wrote")
-    return content
+_EVALUATION: Fields = {"acc1": (float, None), "correct": (int, None), "count": (int, None), "weights": (str, None)}
+
+
+def _read_json(path: Path, needed: bool, fields: Fields) -> dict[str, Any]:
+    return read_json(path, fields, "the file that a script wrote") if needed or path.exists() else {}
 
 
 def _accuracy_in_words(accuracy: Mapping[str, Any] | None) -> str:
@@ -165,11 +160,11 @@ def _example(net: nn.Module, height_width: list[int], batch: int) -> tuple[Tenso
     return torch.rand(*shape, *height_width, generator=generator), axis
 
 
-def _difference(net: nn.Module, path: Path, height_width: list[int]) -> float:
+def _difference(net: nn.Module, file: BinaryIO, height_width: list[int]) -> float:
     """The largest difference between the logits of the network and of its program, on another batch."""
     example, _ = _example(net, height_width, batch=3)
     reset_net(net)
-    with torch.no_grad(), path.open("rb") as file:
+    with torch.no_grad():
         found = torch.export.load(file).module()(example)
         return (found - net(example)).abs().max().item()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.checked import check_weights, read_checked, write_checked
 from utils.distributed import Process, gather
 from utils.engine import Progress
 from utils.errors import StopRequested, UserError
 from utils.exported import SUFFIX, read_exported
-from utils.files import DamagedFileError, partial_of, read_checked, write_checked
+from utils.files import DamagedFileError, same_file_as
 from utils.versions import versions
 
 __all__ = ["Checkpoints", "describe_ms_resnet", "describe_vgg8", "load_weights", "put_weights", "read_weights"]
@@ -26,6 +26,12 @@ __all__ = ["Checkpoints", "describe_ms_resnet", "describe_vgg8", "load_weights",
 FORMAT = 4  # 3: one dropout mask a step, another ImageNet schedule, another --decay
 _WRAPPERS = ("model", "net", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
+_KINDS = {
+    "epoch": int,
+    "recipe": Mapping,
+    "best": Mapping,
+    "versions": Mapping,
+}  # others' files may hold anything there
 
 
 def load_weights(net: nn.Module, path: str | Path) -> None:
@@ -62,8 +68,9 @@ def _unwrap(content: Mapping, path: str | Path) -> tuple[dict[str, Tensor], dict
                 f"file {path} holds no weights: its entries are {sorted(map(str, content))[:8]}, and a state dict or "
                 f"one under {', '.join(_WRAPPERS)} is needed"
             )
-        beside = {**beside, **{k: v for k, v in content.items() if k != key}}
+        beside |= {k: v for k, v in content.items() if k != key and isinstance(v, _KINDS.get(k, object))}
         content = content[key]
+    check_weights(content, path)
     return {_our_name(name): value for name, value in content.items()}, beside
 
 
@@ -155,6 +162,11 @@ def _mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
             f"{name} {list(value.shape)} instead of {list(expected[name].shape)}"
             for name, value in weights.items()
             if name in expected and value.shape != expected[name].shape
+        ],
+        "of another type": [
+            f"{name} {value.dtype} instead of {expected[name].dtype}"
+            for name, value in weights.items()
+            if name in expected and value.is_floating_point() != expected[name].is_floating_point()
         ],
     }
     return "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in found.items() if names)
@@ -331,7 +343,7 @@ class Checkpoints:
             self.best = {"acc1": -1.0, "epoch": 0}  # its weights are not there: the next epoch is the best so far
         elif not (self.directory / "best.pt").exists():
             self.directory.mkdir(parents=True, exist_ok=True)
-            _second_name(of_best, self.directory / "best.pt")
+            same_file_as(of_best, self.directory / "best.pt")
 
     @contextmanager
     def saved_on_stop(self, epoch: int) -> Iterator[None]:
@@ -387,11 +399,11 @@ class Checkpoints:
         previous = self.directory / "previous.pt"
         # A damaged last.pt must not take the place of the whole checkpoint that this run was continued from.
         if self._newest is not None and self._newest.resolve() != previous.resolve():
-            _second_name(self._newest, previous)
+            same_file_as(self._newest, previous)
         write_checked(state, self.last)
         self._newest = self.last
         for name in other_names:
-            _second_name(self.last, self.directory / name)
+            same_file_as(self.last, self.directory / name)
 
     def _existing(self) -> list[Path]:
         """The checkpoints of the run, ``last.pt`` first."""
@@ -487,20 +499,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping | list | tuple):
         for one in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(one)
-
-
-def _second_name(path: Path, name: Path) -> None:
-    """Let the file ``path`` go by ``name`` as well, in one step; a copy where the disk cannot link."""
-    beside = partial_of(name)
-    beside.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(path, beside)
-        except OSError:
-            shutil.copyfile(path, beside)
-        os.replace(beside, name)
-    except OSError as error:
-        raise UserError(f"checkpoint {name} cannot be written: {error.strerror or error}; {path} is whole") from error
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

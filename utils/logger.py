@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from utils.analysis.azo_record import AZORecord
 from utils.args import plain, words
 from utils.distributed import Process, gather
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import read_text, replacing, write_text
 from utils.versions import versions
 
 __all__ = ["RunLog", "check_output", "progress_bar", "write_evaluation"]
@@ -43,6 +43,8 @@ class RunLog:
     def __init__(self, directory: Path, process: Process, log_dir: Path, net: nn.Module):
         self.directory, self.process, self.log_dir = directory, process, log_dir
         self.azo = (AZORecord(net) or None) if process.is_first else None
+        self._metrics = directory / "metrics.csv"
+        self._rows: dict[int, list[str]] = {}  # of metrics.csv, by epoch
         self._tensorboard = None
         self._split: str | None = None
         self._began = time.monotonic()
@@ -75,16 +77,12 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not for --help and evaluation
 
         self.directory.mkdir(parents=True, exist_ok=True)
-        metrics = self.directory / "metrics.csv"
-        beside = metrics.with_name(".metrics.csv.partial")  # a kill leaves the old file or the new one
-        rows = {epoch: row for epoch, row in self._rows(metrics) if epoch <= epochs_done}  # each epoch once
-        with beside.open("w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *rows.values()])
-        os.replace(beside, metrics)
+        self._rows = {epoch: row for epoch, row in _rows(self._metrics) if epoch <= epochs_done}  # each epoch once
+        self._write_rows()
         if self.azo is not None:
             self.azo.start(self.directory, epochs_done)
         described = {"args": {k: plain(v) for k, v in args.items()}, **facts, "versions": versions(), "argv": sys.argv}
-        (self.directory / "args.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        write_text(self.directory / "args.json", json.dumps(described, indent=2) + "\n")
         if split is not None:
             write_text(self.directory / "split.txt", split)
         self._split = facts.get("split")
@@ -121,8 +119,8 @@ class RunLog:
         self, epoch: int, train: dict[str, float], test: dict[str, float], lr: float, seconds: float
     ) -> None:
         values = (train["loss"], train["acc1"], test["loss"], test["acc1"], lr, seconds)
-        with (self.directory / "metrics.csv").open("a", newline="") as file:
-            csv.writer(file).writerow([epoch, *(f"{value:.10g}" for value in values)])
+        self._rows[epoch] = [str(epoch), *(f"{value:.10g}" for value in values)]
+        self._write_rows()
         for name, value in zip(COLUMNS[1:], values, strict=True):
             self._tensorboard.add_scalar(name, value, epoch)
         if self.azo is not None:
@@ -131,7 +129,7 @@ class RunLog:
             self._tensorboard.add_scalar("test_acc5", test["acc5"], epoch)
         self._tensorboard.flush()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Where the first process cannot write, all processes stop with one message."""
         problem = None
@@ -158,13 +156,19 @@ class RunLog:
         )
         print(f"{time.monotonic() - self._began:.1f} s; everything is in {self.directory}", flush=True)
 
-    @staticmethod
-    def _rows(path: Path) -> list[tuple[int, list[str]]]:
-        """The whole rows of a file, with their epochs."""
-        if not path.exists():
-            return []
-        with path.open(newline="") as file:
-            return [(int(row[0]), row) for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdecimal()]
+    def _write_rows(self) -> None:
+        """All of ``metrics.csv``: a kill leaves the old file or the new one."""
+        with replacing(self._metrics) as file:
+            file.write("".join(f"{','.join(row)}\n" for row in [COLUMNS, *self._rows.values()]).encode())
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The whole rows of ``metrics.csv``, with their epochs; what is no row is left out."""
+    for line in (read_text(path) or "").splitlines():
+        row = line.split(",")
+        with contextlib.suppress(ValueError):
+            if len(row) == len(COLUMNS) and all(math.isfinite(float(value)) for value in row):
+                yield int(row[0]), row
 
 
 def progress_bar(
@@ -200,7 +204,7 @@ def write_evaluation(directory: Path, process: Process, result: dict[str, Any], 
     print(f"{accuracy}, loss {result['loss']:.6f}{_of_split(facts.get('split'))}")
     directory.mkdir(parents=True, exist_ok=True)
     written = {**result, **{name: plain(value) for name, value in facts.items()}}
-    (directory / "evaluation.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    write_text(directory / "evaluation.json", json.dumps(written, indent=2) + "\n")
 
 
 def _of_split(split: str | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from utils.distributed import Process
 from utils.engine import time_first
 from utils.errors import UserError, user_input
 from utils.event_args import INPUT_FIELDS as EVENT_INPUTS
+from utils.files import Fields, check_fields, read_json
 from utils.image_args import INPUT_FIELDS as IMAGE_INPUTS
 from utils.prepare.datasets import DATA_SETS
 
@@ -166,21 +166,25 @@ def _ready(
     return Inspected(net, batches, data.test, prepare, data.classes, facts)
 
 
+_RUN_FILE: Fields = {"args": (dict, None), "data": (str, None)}
+_SETTINGS: Fields = {"data_dir": (str, None), "on_bad_sample": (str, None)}
+
+
 def _run_file(weights: Path) -> dict[str, Any]:
     """``args.json`` of the run that wrote the weights; empty where there is none."""
-    try:
-        return json.loads(weights.with_name("args.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    path = weights.with_name("args.json")
+    return read_json(path, _RUN_FILE, "a run's own weights, or move them out of its folder") if path.exists() else {}
 
 
 def _run_settings(weights: Path) -> dict[str, Any]:
     """The resolved arguments of that run."""
-    return _run_file(weights).get("args", {})
+    settings = _run_file(weights).get("args") or {}
+    check_fields(settings, _SETTINGS, weights.with_name("args.json"), "a run's own weights")
+    return settings
 
 
 def _data_set_of(weights: Path, num_classes: int) -> str:
-    title = _run_file(weights).get("data", "")
+    title = _run_file(weights).get("data") or ""
     for name, about in DATA_SETS.items():
         if title.endswith(about.title) or (not title and about.num_classes == num_classes):
             return name
