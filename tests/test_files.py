@@ -296,7 +296,7 @@ def test_weights_that_no_network_can_have_are_refused_by_name(content, message, 
 @pytest.mark.parametrize("value", [float("nan"), 1j])
 def test_exported_weights_are_checked_as_well(value, tmp_path):
     save_file({"weight": torch.tensor([value]), "bias": torch.ones(1)}, tmp_path / "w.safetensors")
-    with pytest.raises(UserError, match="not finite .*in weight;|weight is a tensor of complex64"):
+    with pytest.raises(UserError, match=r"not finite .*in weight;|weight is a tensor of complex64"):
         read_weights(tmp_path / "w.safetensors")
 
 

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import os
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -74,7 +75,8 @@ def read_checked(path: str | Path) -> tuple[Mapping, str]:
             _verify_members(file, path)
         file.seek(0)
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a damaged file
                 content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many types on a damaged file
             if "Unsupported global" in str(error):

@@ -26,12 +26,7 @@ __all__ = ["Checkpoints", "describe_ms_resnet", "describe_vgg8", "load_weights",
 FORMAT = 4  # 3: one dropout mask a step, another ImageNet schedule, another --decay
 _WRAPPERS = ("model", "net", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
-_KINDS = {
-    "epoch": int,
-    "recipe": Mapping,
-    "best": Mapping,
-    "versions": Mapping,
-}  # others' files may hold anything there
+_KINDS = {"epoch": int, "recipe": Mapping, "best": Mapping, "versions": Mapping}  # anything else is of another program
 
 
 def load_weights(net: nn.Module, path: str | Path) -> None:
