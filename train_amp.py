@@ -30,7 +30,7 @@ from utils.distributed import start
 from utils.engine import Progress, evaluate, train_one_epoch
 from utils.errors import exit_with_sentence, user_input
 from utils.image_args import batch_of_process, deviations, parse_image_args, recipe_of
-from utils.logger import RunLog, check_output, write_evaluation
+from utils.logger import RunLog, check_output, one_run, write_evaluation
 from utils.losses import cross_entropy
 from utils.optim import averaged, cosine_one_epoch_late
 from utils.signals import StopSignal
@@ -72,7 +72,10 @@ def main() -> None:
     """Train, or evaluate, as the command line says."""
     args = parse_image_args(__doc__, RECIPE, DEMO)
     check_output(args.output_dir)
-    with start(args.device, args.local_rank, args.timeout, args.deterministic) as process:
+    with (
+        start(args.device, args.local_rank, args.timeout, args.deterministic) as process,
+        one_run(args.output_dir, process, args.evaluate),
+    ):
         batch_size = batch_of_process(args, process.world_size)
         data = load_image_data(
             write_demo_images(args.data_dir) if args.demo else args.data_dir,

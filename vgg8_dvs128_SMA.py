@@ -28,7 +28,7 @@ from utils.distributed import start
 from utils.engine import Progress, evaluate, train_one_epoch
 from utils.errors import exit_with_sentence, user_input
 from utils.event_args import deviations, parse_event_args, recipe_of
-from utils.logger import RunLog, check_output, write_evaluation
+from utils.logger import RunLog, check_output, one_run, write_evaluation
 from utils.losses import mse_of_mean
 from utils.signals import StopSignal
 
@@ -68,7 +68,10 @@ def main() -> None:
     """Train, or evaluate, as the command line says."""
     args = parse_event_args(__doc__, DATA_SET, RECIPE, DEMO)
     check_output(args.output_dir)
-    with start(args.device, args.local_rank, args.timeout, args.deterministic) as process:
+    with (
+        start(args.device, args.local_rank, args.timeout, args.deterministic) as process,
+        one_run(args.output_dir, process, args.evaluate),
+    ):
         data = load_event_data(
             DATA_SET,
             args.data_dir,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SCRIPTS, SMALL
 from utils.checked import check_weights, read_checked, write_checked
 from utils.checkpoint import load_weights, read_weights
 from utils.errors import UserError
@@ -167,6 +167,17 @@ def test_a_foreign_file_in_the_place_of_the_lock_is_left_alone(kind, tmp_path):
         occupy(tmp_path).__enter__()
     assert target.read_text() == "SMA run: somebody's"
     assert kind != "text" or lock.read_text() == "somebody's"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_second_run_in_an_output_folder_is_refused_and_changes_nothing(processes, launch, gesture_data, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
+    command = [*launcher, SCRIPTS["dvs128"], *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path]
+    with occupy(tmp_path):
+        done = launch(command)
+    assert done.returncode != 0 and done.stderr.count("error: --output-dir") == 1, done.stderr
+    assert f"--output-dir {tmp_path} is in use by process {os.getpid()} on" in done.stderr
+    assert os.listdir(tmp_path) == ["run.lock"]
 
 
 # JSON -----------------------------------------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from utils.analysis.azo_record import AZORecord
 from utils.args import plain, words
-from utils.distributed import Process, gather
+from utils.distributed import Process, fail_together, gather
 from utils.errors import UserError
-from utils.files import read_text, replacing, write_text
+from utils.files import occupy, read_text, replacing, write_text, writing
 from utils.versions import versions
 
-__all__ = ["RunLog", "check_output", "progress_bar", "write_evaluation"]
+__all__ = ["RunLog", "check_output", "one_run", "progress_bar", "write_evaluation"]
 
 COLUMNS = ("epoch", "train_loss", "train_acc1", "test_loss", "test_acc1", "lr", "seconds")
 
@@ -193,6 +193,23 @@ def check_output(directory: Path) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         reason = "may not be written to" if existing.is_dir() else "is a file"
         raise UserError(f"--output-dir {directory} cannot be used: {existing} {reason}; choose another")
+
+
+@contextlib.contextmanager
+def one_run(directory: Path, process: Process, evaluates: bool) -> Iterator[None]:
+    """Keep the output directory for this training; a second one is refused (see :func:`utils.files.occupy`).
+
+    Args:
+        evaluates: it is no training, and may look at the weights of one.
+
+    Raises:
+        UserError: another run has it, or it cannot be written to; raised in all processes.
+    """
+    with contextlib.ExitStack() as stack:
+        with fail_together(), writing(f"--output-dir {directory}"):
+            if process.is_first and not evaluates:
+                stack.enter_context(occupy(directory))
+        yield
 
 
 def write_evaluation(directory: Path, process: Process, result: dict[str, Any], **facts: Any) -> None:
