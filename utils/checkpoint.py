@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.checked import check_weights, read_checked, write_checked
 from utils.distributed import Process, any_process, gather
 from utils.engine import Progress
 from utils.errors import UserError
 from utils.exported import SUFFIX, read_exported
-from utils.files import DamagedFileError, partial_of, read_checked, write_checked
+from utils.files import DamagedFileError, same_file_as
 from utils.versions import versions
 
 __all__ = ["Checkpoints", "load_weights", "put_weights", "read_weights"]
@@ -25,6 +24,7 @@ __all__ = ["Checkpoints", "load_weights", "put_weights", "read_weights"]
 FORMAT = 4  # 3: one dropout mask a step, another ImageNet schedule, another --decay
 _WRAPPERS = ("model", "net", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
+_KINDS = {"epoch": int, "recipe": Mapping, "facts": Mapping, "best": Mapping, "versions": Mapping}  # as we write them
 
 
 def load_weights(net: nn.Module, path: str | Path) -> None:
@@ -65,8 +65,9 @@ def _unwrap(content: Mapping, path: str | Path) -> tuple[dict[str, Tensor], dict
         if any(content is one for one in seen):
             raise UserError(f"file {path} holds no weights: its entry {key!r} contains itself; give another file")
         seen.append(content)
-        known = {**known, **{k: v for k, v in content.items() if k != key}}
+        known |= {k: v for k, v in content.items() if k != key and isinstance(v, _KINDS.get(k, object))}
         content = content[key]
+    check_weights(content, path)
     return {_our_name(name): value for name, value in content.items()}, known
 
 
@@ -107,6 +108,11 @@ def _mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
             f"{name} {list(value.shape)} instead of {list(expected[name].shape)}"
             for name, value in weights.items()
             if name in expected and value.shape != expected[name].shape
+        ],
+        "of another type": [
+            f"{name} {value.dtype} instead of {expected[name].dtype}"
+            for name, value in weights.items()
+            if name in expected and value.is_floating_point() != expected[name].is_floating_point()
         ],
     }
     return "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in found.items() if names)
@@ -288,7 +294,7 @@ class Checkpoints:
             return
         if position == (self.best["epoch"], 0):
             self.directory.mkdir(parents=True, exist_ok=True)
-            _link(source, self.directory / "best.pt")
+            same_file_as(source, self.directory / "best.pt")
         else:
             self.best = {"acc1": -1.0, "epoch": 0}
 
@@ -342,11 +348,11 @@ class Checkpoints:
         previous = self.directory / "previous.pt"
         # A damaged last.pt must not take the place of the whole checkpoint that this run was continued from.
         if self._newest is not None and self._newest.resolve() != previous.resolve():
-            _link(self._newest, previous)
+            same_file_as(self._newest, previous)
         write_checked(state, self.last)
         self._newest = self.last
         for name in other_names:
-            _link(self.last, self.directory / name)
+            same_file_as(self.last, self.directory / name)
 
     def _existing(self) -> list[Path]:
         """The checkpoints of the run, ``last.pt`` first."""
@@ -442,20 +448,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping | list | tuple):
         for one in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(one)
-
-
-def _link(path: Path, name: Path) -> None:
-    """Give the file ``path`` a second name in one step; a copy where the disk cannot link."""
-    partial = partial_of(name)
-    try:
-        partial.unlink(missing_ok=True)
-        try:
-            os.link(path, partial)
-        except OSError:
-            shutil.copyfile(path, partial)
-        os.replace(partial, name)
-    except OSError as error:
-        raise UserError(f"checkpoint {name} cannot be written: {error.strerror or error}; {path} is intact") from error
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
