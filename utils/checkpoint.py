@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from utils.checked import check_weights, read_checked, write_checked
+from utils.data.splits import changes
 from utils.distributed import Process, any_process, gather
 from utils.engine import Progress
 from utils.errors import UserError
 from utils.exported import SUFFIX, read_exported
-from utils.files import DamagedFileError, same_file_as
+from utils.files import DamagedFileError, read_text, same_file_as
 from utils.versions import versions
 
 __all__ = ["Checkpoints", "load_weights", "put_weights", "read_weights"]
@@ -137,6 +138,7 @@ class Checkpoints:
         progress: of the epoch, in this process.
         keep_every: also keep the checkpoint of every so many epochs, as ``epoch_<n>.pt``; 0: none.
         facts: of the run, plain values: what the weights were trained on.
+        manifest: the text of its split's file, which names samples that changed.
         parts: optimiser, schedule, scaler, and the trained network where an average of it is evaluated: everything
             else with ``state_dict`` / ``load_state_dict``. None is left out.
     """
@@ -150,10 +152,11 @@ class Checkpoints:
         progress: Progress,
         keep_every: int = 0,
         facts: Mapping[str, Any] | None = None,
+        manifest: str | None = None,
         **parts: Any,
     ):
         self.directory, self.recipe, self.process, self.keep_every = directory, recipe, process, keep_every
-        self.facts = dict(facts or {})
+        self.facts, self.manifest = dict(facts or {}), manifest
         self.net, self.progress = net, progress
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.best: dict[str, float] = {"acc1": -1.0, "epoch": 0}
@@ -205,6 +208,13 @@ class Checkpoints:
             for key, value in self.recipe.items()
             if state["recipe"].get(key) != value
         ]
+        if differing and state["recipe"].get("samples") != self.recipe.get("samples") and self.manifest is not None:
+            before = read_text(source.with_name("split.txt"))
+            if before is not None and (changed := changes(before, self.manifest)):
+                raise UserError(
+                    f"the samples of the run in {source} have changed: {_some(changed, 3)}; restore them, or choose "
+                    "another --output-dir"
+                )
         if differing:
             raise UserError(
                 f"the run in {source} has another recipe: {'; '.join(differing)}; give the same settings to continue "

@@ -122,7 +122,7 @@ class Run:
         recipe |= {"split_fingerprint": split["fingerprint"], "samples": split["contents"]}
         checkpoints = Checkpoints(
             args.output_dir, recipe, self.process, net, self.progress, args.keep_every, self.facts,
-            optimizer=optimizer, azo=self._azo, **parts,
+            self._manifest, optimizer=optimizer, azo=self._azo, **parts,
         )  # fmt: skip
         self._until_the_end.enter_context(one_run(args.output_dir, self.process))
         done = checkpoints.resume(args.resume)
