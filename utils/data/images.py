@@ -168,7 +168,7 @@ class ImageData:
         digest = hashlib.sha256()
         for images in (self.train, self.test):
             for path, label in images.samples if images is not None else ():
-                digest.update(f"{images.classes[label]}/{os.path.basename(path)}\n".encode())
+                digest.update(os.fsencode(f"{self.classes[label]}/{os.path.basename(path)}\n"))
             digest.update(b"\n")
         return digest.hexdigest()[:8]
 
