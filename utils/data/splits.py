@@ -18,6 +18,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class Split:
         """The rule, with its seed, as the beginning of a file name."""
         return self.rule if self.seed is None else f"{self.rule}_seed{self.seed}"
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """8 digits that depend on the names and their part, and on nothing else."""
         parts = zip(_PARTS, (self.train, self.test), strict=True)
