@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+import torch.distributed as dist
 from einops import reduce
 from torch import Tensor, nn
 
@@ -26,10 +28,15 @@ SMA_PLACES = ("first-two", "all", "none")
 
 
 class _Conv2d(nn.Conv2d):
-    """A convolution on ``[T, B, C, H, W]`` whose parameters stay at its own name, as in the released files."""
+    """A convolution on ``[T, B, C, H, W]`` whose parameters stay at its own name, as in the released files.
+
+    Under autocast its products run in half precision and its output is float32, as published. So BatchNorm, membrane
+    potentials and the residual stream are float32.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        y = super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return y.float() if torch.is_autocast_enabled(x.device.type) else y
 
 
 class BatchNorm(nn.Module):
@@ -40,16 +47,28 @@ class BatchNorm(nn.Module):
 
     Args:
         channels: C.
-        scale: what the scale starts from.
+        scale: initial value of the scale.
+        T: time steps. An input of one step stands for T equal ones; the running variance counts all of them.
     """
 
-    def __init__(self, channels: int, scale: float = 0.5):
+    def __init__(self, channels: int, scale: float = 0.5, T: int = 1):
         super().__init__()
+        self.T = T
         self.bn = nn.BatchNorm2d(channels)
         nn.init.constant_(self.bn.weight, scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        copies = max(1, self.T // len(x))
+        before = self.bn.running_var.clone() if self.training and copies > 1 else None
+        y = self.bn(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        if before is not None:
+            # The unbiased variance of n values has the factor n / (n - 1); of `copies` times as many, a smaller one.
+            over_processes = isinstance(self.bn, nn.SyncBatchNorm) and dist.is_initialized()
+            n = x.numel() // x.shape[2] * (dist.get_world_size() if over_processes else 1)
+            old = (1 - self.bn.momentum) * before
+            running = self.bn.running_var.data  # autograd keeps the buffer, of which backward reads nothing in training
+            running.sub_(old).mul_(copies * (n - 1) / (copies * n - 1)).add_(old)
+        return y
 
 
 class MSBlock(nn.Module):
@@ -89,9 +108,9 @@ class MSBlock(nn.Module):
             self.shortcut = nn.Sequential()
         elif pool_shortcut:
             pool = per_step(nn.AvgPool2d(stride, ceil_mode=True))  # an odd size is halved as the branch halves it
-            self.shortcut = nn.Sequential(pool, _Conv2d(c_in, c_out, 1, bias=False), BatchNorm(c_out))
+            self.shortcut = nn.Sequential(pool, _Conv2d(c_in, c_out, 1, bias=False), BatchNorm(c_out, T=T))
         else:
-            self.shortcut = nn.Sequential(_Conv2d(c_in, c_out, 1, stride, bias=False), BatchNorm(c_out))
+            self.shortcut = nn.Sequential(_Conv2d(c_in, c_out, 1, stride, bias=False), BatchNorm(c_out, T=T))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.residual_function(x.expand(self.T, -1, -1, -1, -1)) + self.shortcut(x)
@@ -100,9 +119,8 @@ class MSBlock(nn.Module):
 class MSResNet(nn.Module):
     """Spiking residual network with SMA, images ``[B, 3, H, W]`` or sequences ``[T, B, 3, H, W]`` to ``[B, K]``.
 
-    An image is the input of every step. Its stem and its first shortcut are computed once; that is the same function
-    as T computations (the running variance of these two BatchNorms is unbiased for the images that there are, not for
-    T copies of them: a factor of 1 + (1 - 1/T) / (B H W)). Call ``functional.reset_net`` after every batch.
+    An image is the input of every step. Its stem and its first shortcut are computed once, with the result of T
+    computations. Call ``functional.reset_net`` after every batch.
 
     Args:
         depths: number of blocks in each of the four stages; every stage starts with stride 2.
@@ -115,7 +133,7 @@ class MSResNet(nn.Module):
         sma_blocks: ``"first-two"`` blocks of each stage (released), ``"all"`` (the paper's text) or ``"none"``.
         width: multiplies all channel numbers (64-128-256-512).
         AZO, RCR, RTR, C_reduction, T_reduction, kernels: see :class:`models.sma.SMA`.
-        branch_groups, checkpoint: its ``groups`` and ``checkpoint``.
+        branch_groups, recompute: its ``groups`` and ``recompute``.
 
     Raises:
         ValueError: an argument is outside what can work; the message says what would.
@@ -142,7 +160,7 @@ class MSResNet(nn.Module):
         T_reduction: float = 1.5,
         kernels: Sequence[int] = (1, 3, 5, 7),
         branch_groups: int | str = 1,
-        checkpoint: bool = False,
+        recompute: bool = False,
     ):
         super().__init__()
         _check_arguments(depths, T, num_classes, sma_blocks, width)
@@ -150,7 +168,7 @@ class MSResNet(nn.Module):
         channels = [max(1, round(n * width)) for n in (64, 128, 256, 512)]
 
         def sma(c: int) -> SMA:
-            form = {"activation": "relu", "groups": branch_groups, "checkpoint": checkpoint}
+            form = {"activation": "relu", "groups": branch_groups, "recompute": recompute}
             return SMA(c, T, kernels, C_reduction, T_reduction, AZO, RCR, RTR, **form)
 
         def stage(c_in: int, c_out: int, depth: int) -> nn.Sequential:
@@ -174,7 +192,7 @@ class MSResNet(nn.Module):
             convs = [_Conv2d(3, c, 3, 2, padding=1), *(_Conv2d(c, c, 3, padding=1) for _ in range(2))]
         else:
             convs = [_Conv2d(3, c, 7, 2, padding=3, bias=False)]
-        self.conv1 = nn.Sequential(*convs, BatchNorm(c))
+        self.conv1 = nn.Sequential(*convs, BatchNorm(c, T=T))
         self.conv2_x = stage(c, channels[0], depths[0])
         self.conv3_x = stage(channels[0], channels[1], depths[1])
         self.conv4_x = stage(channels[1], channels[2], depths[2])

@@ -7,8 +7,11 @@ between a PyTorch and a CuPy backend, and 2.x, which has no CuPy code and picks 
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import types
 import warnings
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +21,19 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
+from .fast.dispatch import functions_work
+from .fast.equations import Neuron
+
+try:
+    from .fast import neuron_kernels
+except ImportError:  # no Triton on this machine
+    neuron_kernels = None  # type: ignore[assignment]
+
 __all__ = [
+    "Backend",
     "BackendError",
     "Rectangle",
+    "dropout",
     "lif",
     "ms_lif",
     "multi_dimensional_attention",
@@ -32,6 +45,7 @@ __all__ = [
 ]
 
 reset_net = functional.reset_net  # after every batch: forget the membrane potentials
+dropout = partial(layer.Dropout, step_mode="m")  # one mask for all T steps, drawn anew after every reset
 per_step = layer.SeqToANNContainer  # a plain layer on every step at once: [T, B, ...] as [T * B, ...] and back
 
 
@@ -70,12 +84,12 @@ class Rectangle(nn.Module):
 
 class _RectangleSpike(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return (x >= 0).to(x)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_spikes: Tensor) -> Tensor:
+    def backward(ctx: Any, grad_spikes: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return _rounded_as_published(grad_spikes) * (x.abs() < 0.5)
 
@@ -88,100 +102,137 @@ def _rounded_as_published(grad_spikes: Tensor) -> Tensor:
     return grad_spikes.float().double() if grad_spikes.dtype == torch.float64 else grad_spikes
 
 
-def _surrogate_gradient(function: nn.Module, x: Tensor) -> Tensor:
-    """d spike / d x of either surrogate function; ``x`` is overwritten."""
-    if isinstance(function, Rectangle):
-        return x.abs_().lt_(0.5)
-    # ATan: (alpha / 2) / (1 + (pi / 2 * alpha * x)^2)
-    alpha = function.alpha
-    return x.mul_(torch.pi / 2 * alpha).square_().add_(1.0).reciprocal_().mul_(alpha / 2)
-
-
 class _LIFSequence(torch.autograd.Function):
-    """All steps of a LIF neuron in PyTorch, with a hard, detached reset to 0.
+    """All steps of a LIF neuron with a hard, detached reset to 0, in a Triton kernel or in PyTorch.
 
     The same operations in the same order as SpikingJelly's, so the same bits forward. SpikingJelly lets autograd
     record some ten small operations a step, and the backward of every ``x[t]`` fills a tensor of all steps with zeros.
-    Here only the potential before the reset is kept, and the backward goes over it once.
+    Potentials are float32 at least, whatever the input is.
     """
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, x: Tensor, v: Tensor | None, node: neuron.LIFNode
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, v: Tensor | None, node: _LIFNode) -> tuple[Tensor, Tensor]:
         """Inputs ``x`` ``[T, ...]`` and the potential ``v`` ``[...]`` to spikes ``[T, ...]`` and the last potential.
 
         Without ``v`` the potential starts at 0.
         """
-        keeps = any(ctx.needs_input_grad)
-        potentials = torch.empty_like(x if keeps else x[:1])  # before the reset, all of them for backward
-        spikes = torch.empty_like(x)
-        for t in range(x.shape[0]):
-            u = potentials[t if keeps else 0]
-            if node.decay_input:  # u = v + (x - v) / tau
-                if v is None:
-                    torch.div(x[t], node.tau, out=u)
-                else:
-                    torch.sub(x[t], v, out=u)
-                    u.div_(node.tau).add_(v)
-            elif v is None:
-                u.copy_(x[t])
-            else:  # u = (1 - 1 / tau) v + x
-                torch.mul(v, 1.0 - 1.0 / node.tau, out=u)
-                u.add_(x[t])
-            torch.ge(u, node.v_threshold, out=spikes[t])
-            v = torch.addcmul(u, u, spikes[t], value=-1.0)  # u - u * s: products are several times faster than masks
-        if keeps:
-            ctx.save_for_backward(potentials)
-        ctx.node = node
+        in_kernel = node.runs_in == "triton" and neuron_kernels.run_on(x.device)
+        equation = node.tau, node.decay_input, node.v_threshold
+        if in_kernel:
+            spikes, last, kept = neuron_kernels.fire(x, v, *equation)
+        else:
+            spikes, last, kept = _fire(x, v, *equation, keeps=any(ctx.needs_input_grad))
+        ctx.in_kernel, ctx.equation, ctx.alpha = in_kernel, equation, node.alpha
+        ctx.save_for_backward(kept, v)
         ctx.set_materialize_grads(False)  # nothing depends on the last potential, as a rule
-        return spikes, v
+        return spikes, last
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad_spikes: Tensor | None, grad_v: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_spikes: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs and of the first potential."""
-        (potentials,) = ctx.saved_tensors
-        node = ctx.node
-        if grad_spikes is None:
-            grad_spikes = torch.zeros_like(potentials)
-        if isinstance(node.surrogate_function, Rectangle):
+        kept, v = ctx.saved_tensors
+        tau, decay_input, threshold = ctx.equation
+        if ctx.alpha is None and grad_spikes is not None:
             grad_spikes = _rounded_as_published(grad_spikes)
-        grad_x = torch.empty_like(potentials)
-        for t in reversed(range(len(potentials))):  # step by step: the temporary tensors stay in the cache
-            u = potentials[t]
-            gradient = _surrogate_gradient(node.surrogate_function, u - node.v_threshold)
-            torch.mul(gradient, grad_spikes[t], out=grad_x[t])
-            if grad_v is not None:
-                not_reset = torch.lt(u, node.v_threshold, out=gradient)  # a reset passes no gradient on
-                grad_x[t].addcmul_(grad_v, not_reset)
-            if node.decay_input:  # du / dx = 1 / tau
-                grad_x[t].div_(node.tau)
-            if t > 0 or ctx.needs_input_grad[1]:  # du / dv = 1 - 1 / tau, in either form
-                grad_v = grad_x[t] * (node.tau - 1.0 if node.decay_input else 1.0 - 1.0 / node.tau)
-        return grad_x, grad_v if ctx.needs_input_grad[1] else None, None
+        if ctx.in_kernel:
+            grads = neuron_kernels.fire_backward(
+                kept, v, grad_spikes, grad_last, tau, decay_input, threshold, ctx.alpha
+            )
+        else:
+            grads = _fire_backward(kept, grad_spikes, grad_last, tau, decay_input, threshold, ctx.alpha)
+        return grads[0], grads[1] if ctx.needs_input_grad[1] else None, None
+
+
+def _fire(
+    x: Tensor, v: Tensor | None, tau: float, decay_input: bool, threshold: float, keeps: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Spikes like ``x``, the last potential, and with ``keeps`` the potentials before the reset, ``[T, ...]``."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    potentials = torch.empty_like(x if keeps else x[:1], dtype=dtype)
+    spikes = torch.empty_like(x)
+    v = torch.zeros_like(potentials[0]) if v is None else v.to(dtype)
+    for t in range(x.shape[0]):
+        u, charge = potentials[t if keeps else 0], x[t].to(dtype)
+        if decay_input:  # u = v + (x - v) / tau
+            torch.sub(charge, v, out=u).div_(tau).add_(v)
+        else:  # u = (1 - 1 / tau) v + x
+            torch.mul(v, 1.0 - 1.0 / tau, out=u).add_(charge)
+        fired = torch.ge(u, threshold, out=spikes[t]).to(dtype)
+        v = torch.addcmul(u, u, fired, value=-1.0)  # u - u * s: products are several times faster than masks
+    return spikes, v, potentials
+
+
+def _fire_backward(
+    potentials: Tensor,
+    grad_spikes: Tensor | None,
+    grad_v: Tensor | None,
+    tau: float,
+    decay_input: bool,
+    threshold: float,
+    alpha: float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the inputs and of the first potential; ``alpha`` of ATan, None: the rectangular surrogate."""
+    grad_x = torch.empty_like(potentials, dtype=None if grad_spikes is None else grad_spikes.dtype)
+    for t in reversed(range(len(potentials))):  # step by step: the temporary tensors stay in the cache
+        u = potentials[t]
+        if grad_spikes is None:
+            grad = torch.zeros_like(u)
+        else:
+            grad = _surrogate_gradient(alpha, u - threshold).mul_(grad_spikes[t])
+        if grad_v is not None:  # a reset passes no gradient on
+            grad.addcmul_(grad_v, torch.lt(u, threshold, out=torch.empty_like(u)))
+        torch.div(grad, tau if decay_input else 1.0, out=grad_x[t])  # du / dx = 1 / tau
+        grad_v = grad.mul_(1.0 - 1.0 / tau)  # du / dv, in either form
+    return grad_x, grad_v
+
+
+def _surrogate_gradient(alpha: float | None, x: Tensor) -> Tensor:
+    """d spike / d x; ``x`` is overwritten."""
+    if alpha is None:
+        return x.abs_().lt_(0.5)
+    # ATan: (alpha / 2) / (1 + (pi / 2 * alpha * x)^2)
+    return x.mul_(torch.pi / 2 * alpha).square_().add_(1.0).reciprocal_().mul_(alpha / 2)
 
 
 class _LIFNode(neuron.LIFNode):
-    computes_lif = True  # models/sma.py may compute the same function in its own way
+    computes_lif = True  # models/fast may compute the same function in its own way
+    fast = True  # False: SpikingJelly's own loop over the steps
+    runs_in = "torch"  # or "cupy" or "triton": select_backend
+    v: Any
+
+    @property
+    def alpha(self) -> float | None:
+        """Of the ATan surrogate; None for the rectangular one."""
+        return None if isinstance(self.surrogate_function, Rectangle) else self.surrogate_function.alpha
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
-        if not self.store_v_seq and self._is_python_loop(x_seq.device):
-            v = self.v if torch.is_tensor(self.v) else None  # a number after a reset: 0
-            spikes, self.v = _LIFSequence.apply(x_seq, v, self)
-            return spikes
-        # The CuPy kernels of 0.0.0.0.14 know float32 and float16 only, and raise on bfloat16 autocast.
-        if x_seq.dtype == torch.bfloat16 and getattr(self, "backend", "torch") == "cupy":
-            return super().multi_step_forward(x_seq.float()).to(torch.bfloat16)
-        return super().multi_step_forward(x_seq)
+        if self.store_v_seq or not self.fast:  # SpikingJelly's own, which has the potentials of all steps
+            return super().multi_step_forward(x_seq)
+        if not functions_work(x_seq):  # torch.jit.trace, torch.func: in plain operations
+            v = self.v if torch.is_tensor(self.v) else None
+            spikes, self.v = Neuron.of(self).fire(x_seq.to(torch.promote_types(x_seq.dtype, torch.float32)), v)
+            return spikes.to(x_seq.dtype)
+        # In evaluation 0.0.0.0.14 has no kernel, but a scripted loop that keeps half-precision potentials.
+        if self.runs_in == "cupy" and self.training and x_seq.is_cuda:
+            return self._in_cupy(x_seq)
+        v = self.v if torch.is_tensor(self.v) else None  # a number after a reset: 0
+        spikes, self.v = _LIFSequence.apply(x_seq, v, self)
+        return spikes
 
-    def _is_python_loop(self, device: torch.device) -> bool:
-        """Whether SpikingJelly has no kernel here and would loop over the steps."""
-        if device.type == "cpu":
-            return True
-        return self.backend == "torch" if _has_backends() else isinstance(self.surrogate_function, Rectangle)
+    def _in_cupy(self, x: Tensor) -> Tensor:
+        """SpikingJelly's CuPy kernels of 0.0.0.0.14, which know float32 and float16 only and read flat memory.
+
+        They get a channels-last input as a permuted view: flattened as it is, every map would be copied twice.
+        """
+        dtype = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+        turned = x.ndim == 5 and not x.is_contiguous() and x.movedim(2, 4).is_contiguous()
+        if torch.is_tensor(self.v):
+            self.v = (self.v.movedim(1, 3) if turned else self.v).to(dtype)
+        spikes = super().multi_step_forward((x.movedim(2, 4) if turned else x).to(dtype))
+        if turned:
+            spikes, self.v = spikes.movedim(4, 2), self.v.movedim(3, 1)
+        return spikes.to(x.dtype)
 
 
 def lif() -> nn.Module:
@@ -237,84 +288,99 @@ def _as_module(cls: type) -> type:
     return cls if issubclass(cls, nn.Module) else type(cls.__name__, (cls, nn.Module), {})
 
 
-def select_backend(net: nn.Module, wanted: str, device: torch.device) -> str:
+class Backend(NamedTuple):
+    """What runs the neurons: ``"torch"``, ``"triton"`` or ``"cupy"``, and why it is not another one (may be empty)."""
+
+    name: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})" if self.reason else self.name
+
+
+def select_backend(net: nn.Module, wanted: str, device: torch.device) -> Backend:
     """Let the neurons of ``net`` run on the wanted backend.
 
     Args:
         net: a network whose neurons are SpikingJelly's.
-        wanted: ``"auto"`` (the fastest that works), ``"cupy"`` or ``"torch"``.
+        wanted: ``"auto"``, ``"cupy"`` (SpikingJelly 0.0.0.0.14 in training), ``"triton"`` (the kernels of this
+            project) or ``"torch"``. ``"auto"`` is the first of these that gives what PyTorch gives, on a CPU torch.
         device: where the network will run.
 
-    Returns:
-        The backend really used, in words for the header of a run, with the reason where it is not the fastest.
-
     Raises:
-        BackendError: ``wanted`` is ``"cupy"`` and CuPy cannot be used; the message has the real reason.
+        BackendError: ``wanted`` is ``"cupy"`` or ``"triton"`` and cannot be used; the message has the real reason.
     """
-    if not _has_backends():
-        return _select_in_2x(net, wanted, device)
-    if wanted == "torch":
-        problem = "asked for"
-    elif device.type != "cuda":
-        problem = f"the device is {device}, and CuPy needs a CUDA GPU"
-    else:
-        problem = _cupy_problem(device)
-    if problem is None:
-        functional.set_backend(net, "cupy", instance=neuron.LIFNode)
-        return "cupy"
-    if wanted == "cupy":
-        raise BackendError(f"--backend cupy cannot be used: {problem}; use --backend auto or torch")
-    return (
-        "torch"
-        if device.type != "cuda"
-        else f"torch ({problem})"
-        if wanted == "torch"
-        else f"torch (no CuPy: {problem})"
-    )
+    reason = "asked for" if wanted == "torch" and device.type == "cuda" else ""
+    candidates = {"auto": ("cupy", "triton") if device.type == "cuda" else (), "torch": ()}.get(wanted, (wanted,))
+    problems: list[str] = []
+    for name in candidates:
+        problem = _problem(name, device)
+        if problem is None:
+            return Backend(_set_backend(net, name), "; ".join(problems))
+        problems.append(f"no {_TITLES[name]}: {problem}")
+    if wanted in candidates:
+        raise BackendError(f"--backend {wanted} cannot be used: {problem}; use --backend auto or torch")
+    return Backend(_set_backend(net, "torch"), reason or "; ".join(problems))
 
 
-def _select_in_2x(net: nn.Module, wanted: str, device: torch.device) -> str:
-    version = spikingjelly_version()
-    if wanted == "cupy":
-        raise BackendError(
-            f"--backend cupy cannot be used: SpikingJelly {version} has no CuPy code; use --backend auto, "
-            "or install spikingjelly==0.0.0.0.14"
-        )
-    if device.type != "cuda":
-        return "torch"
-    if any(isinstance(module, Rectangle) for module in net.modules()):
-        return f"torch (SpikingJelly {version} has no kernel for the rectangular surrogate)"
+_TITLES = {"cupy": "CuPy", "triton": "Triton"}
+
+
+def _set_backend(net: nn.Module, name: str) -> str:
+    if _has_backends():
+        functional.set_backend(net, "cupy" if name == "cupy" else "torch", instance=neuron.LIFNode)
+    for module in net.modules():
+        if isinstance(module, _LIFNode):
+            module.runs_in = name
+    return name
+
+
+def _problem(name: str, device: torch.device) -> str | None:
+    """Why a backend cannot be used on ``device``; None when a trial gave what PyTorch gives."""
+    if name == "cupy" and not _has_backends():
+        return f"SpikingJelly {spikingjelly_version()} has no CuPy code"
+    if name == "triton" and neuron_kernels is None:
+        return "the package triton is not installed"
+    if device.type != "cuda" and (name == "cupy" or not neuron_kernels.run_on(device)):
+        return f"the device is {device}, and {_TITLES[name]} needs a CUDA GPU"
     try:
-        from spikingjelly._ops.lif import _selection
+        if name == "cupy":
+            import cupy  # noqa: F401
+            from spikingjelly.activation_based.auto_cuda import base
 
-        if wanted == "torch":
-            _selection._requested = "torch"
-        return f"{_selection._select(device.index or 0).name} (kernels of SpikingJelly {version})"
-    except (ImportError, AttributeError) as error:  # another 2.x may arrange this differently
-        if wanted == "torch":
-            raise BackendError(
-                f"--backend torch cannot be chosen in SpikingJelly {version} ({error}); use --backend auto"
-            ) from error
-        return f"chosen by SpikingJelly {version}"
-
-
-def _cupy_problem(device: torch.device) -> str | None:
-    """Why the CuPy backend of 0.0.0.0.14 cannot be used on ``device``; None when a trial step worked."""
-    try:
-        import cupy  # noqa: F401
-        from spikingjelly.activation_based.auto_cuda import base
-
-        _mend_numpy_int(base)
-        for trial in (lif(), ms_lif()):
-            trial.backend = "cupy"
-            trial(torch.ones(2, 2, device=device, requires_grad=True)).sum().backward()
-        torch.cuda.synchronize(device)
-    except Exception as error:  # CuPy fails in many ways: no package, no driver, no compiler, another CUDA
+            _mend_numpy_int(base)
+        for make, dtype in itertools.product((lif, ms_lif), (torch.float32, torch.float16)):
+            _try(make(), name, dtype, device)
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the backend
+    except Exception as error:  # they fail in many ways: no package, no driver, no compiler, another CUDA
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None
 
 
-def _mend_numpy_int(base: types.ModuleType) -> None:
+def _try(node: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Training and evaluation on a small channels-last input whose potentials are exact in every precision.
+
+    Raises:
+        RuntimeError: something else than in PyTorch came out.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-8, 25, (3, 2, 5, 6, 4), generator=generator).movedim(4, 2) / 8
+    results = []
+    for backend, on, precision in (("torch", "cpu", torch.float32), (name, device, dtype)):
+        _set_backend(node, backend)
+        inputs = x.to(on, precision).detach().requires_grad_()
+        spikes = node.train()(inputs)
+        spikes.sum().backward()
+        reset_net(node)
+        results.append([spikes.detach(), inputs.grad, node.eval()(inputs.detach())])
+        reset_net(node)
+    for what, expected, found in zip(("spikes", "gradients", "spikes in evaluation"), *results, strict=True):
+        if not torch.allclose(found.float().cpu(), expected, rtol=0.02, atol=1e-3):
+            raise RuntimeError(f"{what} in {str(dtype).removeprefix('torch.')} are not those of PyTorch")
+
+
+def _mend_numpy_int(base: Any) -> None:
     """Give SpikingJelly 0.0.0.0.14's kernel code the ``np.int`` that numpy removed in 1.24.
 
     Its argument check compares dtypes with ``np.int`` and raises AttributeError on the first GPU step. The name

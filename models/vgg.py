@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from models.neurons import lif, per_step
+from models.neurons import dropout, lif, per_step
 from models.sma import SMA
 
 __all__ = ["VGG8", "sma_vgg8_cifar10dvs", "sma_vgg8_dvs128", "sma_vgg8_ncaltech101"]
@@ -18,7 +18,8 @@ class VGG8(nn.Module):
     """Spiking VGG8 with SMA: five convolution blocks and three linear layers, ``[T, B, 2, H, W]`` to ``[T, B, K]``.
 
     A block is ``Conv3x3 [SMA] BN LIF MaxPool2``; then ``AdaptiveAvgPool(3) Linear LIF Dropout Linear LIF Dropout
-    Linear``. The prediction is the argmax of the mean over T. Call ``functional.reset_net`` after every batch.
+    Linear``. Dropout draws one mask for all T steps of a forward pass. The prediction is the argmax of the mean over T.
+    Call ``functional.reset_net`` after every batch: neurons and dropout masks last until then.
 
     Args:
         T: time steps; part of the weights of SMA.
@@ -27,7 +28,7 @@ class VGG8(nn.Module):
         sma_blocks: which of the blocks 1 to 5 carry SMA. Released: 2 and 3; the paper's appendix draws 2 to 5.
         branch_activation: ``"lif"`` (released) or ``"relu"`` inside SMA.
         AZO, RCR, RTR, C_reduction, T_reduction, kernels: see :class:`models.sma.SMA`.
-        branch_groups, checkpoint: its ``groups`` and ``checkpoint``.
+        branch_groups, recompute: its ``groups`` and ``recompute``.
 
     Raises:
         ValueError: an argument is outside what can work; the message says what would.
@@ -47,7 +48,7 @@ class VGG8(nn.Module):
         T_reduction: float = 4,
         kernels: Sequence[int] = (1, 3, 5, 7),
         branch_groups: int | str = 1,
-        checkpoint: bool = False,
+        recompute: bool = False,
     ):
         super().__init__()
         sma_blocks = tuple(sorted(set(sma_blocks)))
@@ -68,7 +69,7 @@ class VGG8(nn.Module):
             if number in sma_blocks:
                 activation = lif if branch_activation == "lif" else branch_activation
                 azo = {"AZO": AZO, "RCR": RCR, "RTR": RTR}
-                form = {"activation": activation, "groups": branch_groups, "checkpoint": checkpoint}
+                form = {"activation": activation, "groups": branch_groups, "recompute": recompute}
                 layers.append(SMA(c_out, T, kernels, C_reduction, T_reduction, **azo, **form))
             layers += [per_step(nn.BatchNorm2d(c_out)), lif(), per_step(nn.MaxPool2d(2))]
             return nn.Sequential(*layers)
@@ -83,10 +84,10 @@ class VGG8(nn.Module):
             nn.Flatten(2),  # [T, B, C, 3, 3] -> [T, B, C * 9]
             nn.Linear(c5 * 9, f1),
             lif(),
-            nn.Dropout(0.5),
+            dropout(0.5),
             nn.Linear(f1, f2),
             lif(),
-            nn.Dropout(0.5),
+            dropout(0.5),
             nn.Linear(f2, num_classes),
         )
 

@@ -71,15 +71,22 @@ def folder_data(tmp_path_factory):
     return root
 
 
+def load_script(name):
+    """A script as a module."""
+    path = SCRIPTS[name]
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Run a script's main in this process: ``script("dvs128", "--lr", "0.1")`` gives (exit code, stdout, stderr)."""
 
     def run(name, *arguments):
         path = SCRIPTS[name]
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = load_script(name)
         monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
         handler = signal.getsignal(signal.SIGTERM)
         try:

@@ -1,8 +1,10 @@
-"""Joining the processes of a run, reproducible arithmetic, and telling a lost process from a mistake."""
+"""Joining the processes of a run, reproducible arithmetic, and how a run of several processes ends."""
 
 import os
 import signal
+import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,8 +12,16 @@ import torch.distributed as dist
 
 from tests.conftest import SMALL, rows
 from tools import _forked
-from utils.distributed import start
-from utils.errors import ProcessLost, UserError
+from utils.distributed import (
+    any_process,
+    fail_together,
+    gather,
+    largest_over_processes,
+    start,
+    sum_over_processes,
+)
+from utils.errors import ProcessLost, StopRequested, UserError
+from utils.signals import StopSignal
 
 
 @pytest.fixture
@@ -19,16 +29,14 @@ def second(monkeypatch):
     """The environment of the second of two processes, which nobody answers."""
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
-def joined(second, monkeypatch):
-    """As ``second``, and as if it were joined with the first, which is gone."""
-    monkeypatch.setattr("utils.distributed._join", lambda *_: torch.distributed.HashStore())
-    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+def free_port(monkeypatch):
+    """Let MASTER_PORT name a port that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
 
 
 @pytest.mark.parametrize(
@@ -40,14 +48,50 @@ def joined(second, monkeypatch):
         (UserError("--lr"), False),
     ],
 )
-def test_a_failed_exchange_is_a_lost_process_and_nothing_else_is(error, is_loss, joined):
-    with pytest.raises(ProcessLost if is_loss else type(error)), start("cpu", None, 7.0):
-        raise error
+def test_a_failed_exchange_is_a_lost_process_and_nothing_else_is(error, is_loss, second, free_port, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+    def run():
+        try:
+            with start("cpu", None, 7.0):
+                raise error
+        except Exception as caught:
+            return type(caught), dist.is_initialized()  # taking the group down would wait for the other processes
+
+    assert _forked.in_child(run, 60) == (ProcessLost if is_loss else type(error), True)
 
 
 def test_processes_that_do_not_find_each_other_are_one_sentence(second):
     with pytest.raises(UserError, match=r"the 2 processes do not find each other at 127\.0\.0\.1:1 within 1 s"):
         start("cpu", None, 1.0).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(name, "two") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")],
+        *[(name, "-1") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")],
+        *[("RANK", "2"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "9" * 30), ("WORLD_SIZE", "9" * 5000)],
+        *[("LOCAL_RANK", "2"), ("LOCAL_WORLD_SIZE", "3"), ("MASTER_PORT", "65536"), ("RANK", "1.0"), ("RANK", "")],
+    ],
+)
+def test_an_environment_that_no_launcher_sets_is_one_sentence(name, value, second, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"environment variable {name}, which is .* must be") as caught:
+        start("cpu", None, 1.0).__enter__()
+    assert len(str(caught.value)) < 300
+
+
+def test_a_missing_port_is_one_sentence(second, monkeypatch):
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(UserError, match="environment variable MASTER_PORT, which is not set, must be a whole number"):
+        start("cpu", None, 1.0).__enter__()
+
+
+def test_local_rank_minus_one_means_no_launcher():
+    with start("cpu", -1) as process:
+        assert (process.rank, process.local_rank, process.world_size) == (0, 0, 1)
 
 
 def test_what_is_not_deterministic_is_refused_on_a_cpu_only_when_asked():
@@ -76,7 +120,7 @@ def test_a_deterministic_run_comes_out_the_same_twice(name, script, gesture_data
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-# One message ---------------------------------------------------------------------------------------------------------
+# How a run of two ends ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -96,6 +140,21 @@ def run_of_two(gesture_data, tmp_path, capfd):
     return run
 
 
+@pytest.fixture
+def two_processes(second, free_port):
+    """Call a function in two joined processes; ``two_processes(function)`` gives what it returns in each."""
+
+    def run(function):
+        def of_rank(rank):
+            os.environ["RANK"] = str(rank)
+            return function()
+
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(lambda rank: _forked.in_child(lambda: of_rank(rank), 60), range(2)))
+
+    return run
+
+
 def append_in(ranks, *words):
     if os.environ["RANK"] in ranks:
         sys.argv += words
@@ -111,14 +170,65 @@ def store(request):
     yield lambda: os.environ.update(MASTER_PORT=str(kept.port), TORCHELASTIC_USE_AGENT_STORE="True")
 
 
-@pytest.mark.parametrize("ranks", ["0", "1", "01"])
-def test_a_mistake_that_one_process_or_all_meet_is_told_once(ranks, store, run_of_two):
-    codes, text = run_of_two(lambda: (store(), append_in(ranks, "--data-dir", "nowhere")))
-    assert codes == [2 if str(rank) in ranks else 3 for rank in range(2)], text
-    assert text.count("error:") == 1 and "is not in --data-dir nowhere" in text and "Traceback" not in text
+LOST = "error: another process of the run ended, or did not answer for 4 s"
 
 
-@pytest.mark.parametrize("ranks", ["1", "01"])
-def test_a_mistake_before_the_processes_are_joined_is_told_once(ranks, store, run_of_two):
-    codes, text = run_of_two(lambda: (store(), append_in(ranks, "--weights", "nothing.pth")))
-    assert codes == [2, 2] and text.count("error:") == 1 and "Traceback" not in text, text
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_mistake_that_one_process_meets_ends_all_and_carries_its_rank(rank, store, run_of_two):
+    codes, text = run_of_two(lambda: (store(), append_in(str(rank), "--data-dir", "nowhere")))
+    assert codes == [2 if one == rank else 3 for one in range(2)], text
+    assert text.count(f"rank {rank}: error: DVS128 Gesture is not in --data-dir nowhere") == 1
+    assert text.count(f"rank {1 - rank}: {LOST}") == 1
+    assert text.count("error:") == 2 and "Traceback" not in text, text
+
+
+@pytest.mark.parametrize("mistake", [("--data-dir", "nowhere"), ("--weights", "nothing.pth"), ("--lr", "fast")])
+def test_a_mistake_that_all_processes_meet_is_printed_once(mistake, store, run_of_two):
+    codes, text = run_of_two(lambda: (store(), append_in("01", *mistake)))
+    assert codes == [2, 2] and text.count("error:") == 1 and mistake[1] in text, text
+    assert "rank" not in text and "Traceback" not in text, text
+
+
+def test_a_mistake_of_one_process_before_all_are_joined_ends_the_others(store, run_of_two):
+    codes, text = run_of_two(lambda: (store(), append_in("1", "--weights", "nothing.pth")))
+    assert codes == [3, 2], text
+    assert text.count("rank 1: error: file nothing.pth does not exist") == text.count(f"rank 0: {LOST}") == 1, text
+    assert text.count("error:") == 2 and "Traceback" not in text, text
+
+
+def fail_in_second():
+    """What two processes do with a block that fails in the second one, and with the sums after it."""
+    rank = int(os.environ["RANK"])
+    with start("cpu", None, 10.0):
+        with pytest.raises(UserError, match="no room on the second"), fail_together():
+            if rank == 1:
+                raise UserError("no room on the second")
+        with fail_together():
+            pass
+        return (
+            sum_over_processes([rank, 1]),
+            largest_over_processes([rank, -rank]),
+            any_process(rank == 1),
+            gather(rank),
+        )
+
+
+def test_where_one_process_fails_in_a_shared_block_all_fail_and_stay_together(two_processes):
+    assert two_processes(fail_in_second) == 2 * [([1.0, 2.0], [1.0, 0.0], True, [0, 1])]
+
+
+def count_exchanges():
+    """Exchanges of three steps of two processes: the second has a flag in its second step and a signal in its third."""
+    rank, original, exchanges, flags = int(os.environ["RANK"]), dist.all_reduce, [], []
+    with start("cpu", None, 10.0), StopSignal() as stop:
+        dist.all_reduce = lambda *given: exchanges.append(original(*given))
+        with pytest.raises(StopRequested):
+            for step in stop.watch([1, 2, 3, 4]):
+                if rank == 1 and step == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                flags.append(stop.agree(rank == 1 and step == 2))
+    return flags, len(exchanges)
+
+
+def test_a_step_has_one_exchange_for_its_flag_and_the_signals(two_processes):
+    assert two_processes(count_exchanges) == 2 * [([False, True, False], 1 + 3)]  # one for the number of steps

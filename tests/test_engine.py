@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from spikingjelly.activation_based import layer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -294,7 +295,7 @@ def frozen(net):
 
 def without_dropout(net):
     for module in net.train().modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, layer.Dropout):
             module.p = 0.0
     return net
 

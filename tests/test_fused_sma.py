@@ -1,13 +1,15 @@
-"""The fused path of SMA against the equations as they stand (tools/direct_sma.py): numbers, gradients, memory."""
+"""The fast form of SMA against its equations: numbers, gradients, memory, and what the fused functions cannot serve."""
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models import SMA, SMA_L, attention_zoneout, sma_vgg8_dvs128
+from models import SMA, SMA_L, sma_ms_resnet18, sma_vgg8_dvs128
+from models.fast import equations_only
+from models.fast.loops import pack, unpack
 from models.neurons import lif, reset_net
-from models.sma import _pack, _unpack
-from tools.direct_sma import as_direct, direct_zoneout
+from tests.direct import as_direct
 
 SMALL = {"channel": 12, "time": 8, "C_reduction": 4, "T_reduction": 2}
 
@@ -167,12 +169,12 @@ def test_backward_keeps_the_convolutions_outputs_and_bits():
 
 
 @pytest.mark.parametrize("activation", ["lif", "relu"])
-def test_checkpointing_keeps_less_and_changes_no_bit(activation):
+def test_recomputation_keeps_less_and_changes_no_bit(activation):
     """Two calls, so that the neurons start from potentials and the running statistics from something."""
     keywords = {"dtype": torch.float32, "activation": activation, "AZO": True, "RCR": 2, "RTR": 2}
     results, kept = [], []
-    for checkpoint in (False, True):
-        sma = make(**keywords, checkpoint=checkpoint)
+    for recompute in (False, True):
+        sma = make(**keywords, recompute=recompute)
         results.append([])
         for _ in range(2):
             storages = {}
@@ -214,17 +216,9 @@ def test_evaluation_writes_over_no_input_and_no_weight():
 @pytest.mark.parametrize("shape", [(3, 1), (2, 5, 7), (4, 2, 8, 3)])
 def test_spikes_are_packed_to_bits_and_back(shape):
     spikes = (torch.rand(shape) < 0.4).float()
-    bits = _pack(spikes)
+    bits = pack(spikes)
     assert bits.dtype == torch.uint8 and bits.shape == (shape[0], -(-spikes[0].numel() // 8))
-    assert all(torch.equal(_unpack(packed, step), step) for packed, step in zip(bits, spikes, strict=True))
-
-
-@pytest.mark.parametrize("over_time", [True, False], ids=["SMA", "SMA-L"])
-def test_zoneout_of_the_direct_form_is_the_function(over_time):
-    torch.manual_seed(0)
-    z, w_time = torch.randn(3, 8, 2, 6, 2, 2), torch.rand(3, 8, 2)
-    w_channel = torch.rand(3, *((8, 2, 6) if over_time else (2, 6)))
-    assert torch.equal(direct_zoneout(z, w_time, w_channel, 2, 3), attention_zoneout(z, w_time, w_channel, 2, 3))
+    assert all(torch.equal(unpack(packed, step), step) for packed, step in zip(bits, spikes, strict=True))
 
 
 def test_a_whole_network_is_its_direct_form():
@@ -268,3 +262,153 @@ def test_a_whole_network_compiles_without_a_break():
     torch._dynamo.reset()
     found = torch._dynamo.explain(net)(torch.rand(2, 1, 2, 32, 32))
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+FORMS = [lif, "lif", "relu"]
+FORM_NAMES = ["lif of models", "lif of sma.py", "relu"]
+
+
+@pytest.mark.parametrize("activation", FORMS, ids=FORM_NAMES)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_gradients_can_be_differentiated_again(activation, training, recompute):
+    """A penalty on the gradients of the input and of all parameters, twice through one graph."""
+    ours = make(activation=activation, AZO=True, RCR=2, RTR=2, recompute=recompute).train(training)
+    results = []
+    for sma in (ours, as_direct(ours)):
+        x, weights = (one[:, :1] for one in inputs())
+        x = x.clone().requires_grad_()
+        gradients = torch.autograd.grad((sma(x) * weights).sum(), [x, *sma.parameters()], create_graph=True)
+        penalty = sum(g.pow(2).sum() for g in gradients)
+        results.append([*gradients, *torch.autograd.grad(penalty, [x, *sma.parameters()], allow_unused=True)])
+    assert results[0][len(results[0]) // 2].abs().sum() > 0
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+def test_a_gradient_that_was_not_kept_for_it_says_what_to_do():
+    ours = make(kernels=[1, 3])
+    ours.S_Convs[0].lif.register_forward_hook(lambda *_: None)  # a watched branch runs module by module
+    x = inputs()[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="fast=False"):
+        torch.autograd.grad(ours(x).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("activation", FORMS, ids=FORM_NAMES)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_it_can_be_traced_and_saved(activation, training, tmp_path):
+    sma = make(kernels=[1, 3], activation=activation, AZO=True, RCR=2, RTR=2).train(training)
+    x = inputs()[0]
+    torch.jit.save(torch.jit.trace(sma, x, check_trace=False), tmp_path / "sma.pt")
+    reset_net(sma)
+    other = x.flip(0)
+    torch.testing.assert_close(torch.jit.load(tmp_path / "sma.pt")(other), sma(other), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("activation", FORMS, ids=FORM_NAMES)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_torch_func_gives_the_gradients_of_autograd(activation, training):
+    sma = make(kernels=[1, 3], activation=activation, AZO=True, RCR=2, RTR=2).train(training)
+    x, weights = inputs(batch=1)
+    parameters, buffers = dict(sma.named_parameters()), dict(sma.named_buffers())
+
+    def loss(parameters, x):
+        # A BatchNorm in training writes into its buffers: they are inputs, as torch.func wants it.
+        state = {**parameters, **{name: value.clone() for name, value in buffers.items()}}
+        output = torch.func.functional_call(sma, state, (x,))
+        reset_net(sma)
+        return (output * weights).sum()
+
+    found, of_x = torch.func.grad(loss, argnums=(0, 1))(parameters, x)
+    expected = a_pass(sma, x, weights)
+    reset_net(sma)
+    assert_equal({**found, "x": of_x}, {name: expected[name] for name in (*parameters, "x")}, 1e-10)
+    _, slope = torch.func.jvp(lambda x: loss(parameters, x), (x,), (weights,))
+    torch.testing.assert_close(slope, (expected["x"] * weights).sum(), rtol=1e-8, atol=1e-8)
+    if not training:  # a BatchNorm in training cannot be mapped over a batch of batches
+        mapped = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, torch.stack([x + 1, x]))
+        assert_equal({name: value[1] for name, value in mapped.items()}, found, 1e-10)
+
+
+@pytest.mark.parametrize("activation", FORMS, ids=FORM_NAMES)
+def test_a_forward_mode_derivative_goes_through(activation):
+    sma = make(kernels=[1, 3], activation=activation).eval()
+    x, direction = inputs()
+    expected = torch.autograd.functional.vjp(sma, x, direction)[1]
+    reset_net(sma)
+    with torch.autograd.forward_ad.dual_level():
+        output = sma(torch.autograd.forward_ad.make_dual(x, direction))
+        slope = torch.autograd.forward_ad.unpack_dual(output).tangent
+    torch.testing.assert_close((slope * direction).sum(), (expected * direction).sum(), rtol=1e-8, atol=1e-8)
+
+
+NETWORKS = [
+    (lambda: sma_vgg8_dvs128(T=4, width=0.125, RCR=4, RTR=2, num_classes=3), (4, 1, 2, 32, 32)),
+    (lambda: sma_ms_resnet18(T=2, width=0.125, num_classes=3), (1, 3, 32, 32)),
+]
+
+
+@pytest.mark.parametrize(("network", "shape"), NETWORKS, ids=["VGG8", "MS-ResNet"])
+def test_a_whole_network_can_be_traced_and_its_gradient_taken_by_torch_func(network, shape, tmp_path):
+    torch.manual_seed(0)
+    net = network().double().eval()
+    x, parameters = 3 * torch.rand(shape, dtype=torch.float64), dict(net.named_parameters())
+    torch.jit.save(torch.jit.trace(net, x, check_trace=False), tmp_path / "net.pt")
+    reset_net(net)
+
+    def loss(parameters):
+        output = torch.func.functional_call(net, parameters, (x,))
+        reset_net(net)
+        return output.pow(2).sum()
+
+    output = net(x)
+    output.pow(2).sum().backward()
+    reset_net(net)
+    torch.testing.assert_close(torch.jit.load(tmp_path / "net.pt")(x), output, rtol=1e-10, atol=1e-10)
+    expected = {name: p.grad for name, p in parameters.items()}
+    assert_equal(torch.func.grad(loss)(parameters), expected, 1e-6)  # MS-ResNet rounds gradients to float32
+    assert expected["conv1.0.weight" if "conv1.0.weight" in expected else "block1.0.0.weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize(("network", "shape"), NETWORKS, ids=["VGG8", "MS-ResNet"])
+def test_a_gradient_of_a_whole_network_by_its_equations_can_be_differentiated_again(network, shape):
+    torch.manual_seed(0)
+    net = network()
+    reference, x = equations_only(net), 3 * torch.rand(shape)
+    gradients = []
+    for one in (net, reference):
+        torch.manual_seed(1)  # dropout
+        given = x.clone().requires_grad_()
+        again = one is reference
+        gradients += torch.autograd.grad(one(given).pow(2).sum(), given, create_graph=again)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item())
+    gradients[1].pow(2).sum().backward()
+    assert all(p.grad.isfinite().all() for p in reference.parameters() if p.grad is not None)
+
+
+def test_a_copy_runs_the_equations_and_the_network_stays_as_it_was():
+    net = sma_vgg8_dvs128(T=4, width=0.125, RCR=4, RTR=2, recompute=True)
+    copy = equations_only(net)
+    assert [net.block2[1].fast, copy.block2[1].fast, copy.block3[1].fast] == [True, False, False]
+    assert net.block2[1].recompute
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in copy.state_dict().items())
+
+
+@pytest.mark.parametrize("activation", FORMS, ids=FORM_NAMES)
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_nothing_is_asked_of_tensors_that_have_no_values(activation, recompute):
+    """As on a GPU, where a question to a tensor waits for all the work before it. A fake tensor cannot answer."""
+    with FakeTensorMode():
+        sma = SMA(**SMALL, activation=activation, AZO=True, RCR=2, RTR=2, recompute=recompute)
+        x = torch.empty(8, 3, 12, 5, 7, requires_grad=True)
+        output = sma(x)
+        output.sum().backward()
+    assert output.shape == x.grad.shape == x.shape
+    assert all(p.grad.shape == p.shape for p in sma.parameters())
+
+
+def test_a_forward_pass_on_a_gpu_that_is_not_there():
+    """Devices never mix, and nothing is asked of the host."""
+    with FakeTensorMode(), torch.device("cuda"):
+        output = SMA(**SMALL, activation="relu", AZO=True, RCR=2, RTR=2)(torch.empty(8, 3, 12, 5, 7))
+    assert output.device.type == "cuda" and output.shape == (8, 3, 12, 5, 7)

@@ -18,7 +18,7 @@ from utils.data.loaders import make_loaders, sample_seed, set_epoch
 from utils.distributed import Process
 from utils.errors import UserError
 from utils.losses import cross_entropy
-from utils.optim import averaged, cosine
+from utils.optim import averaged
 
 try:
     from torchcodec.decoders import decode_image  # noqa: F401
@@ -265,19 +265,6 @@ def test_channels_last_changes_the_layout_and_not_the_numbers():
     assert inputs.is_contiguous(memory_format=torch.channels_last)
     assert net.conv3_x[0].residual_function[1].weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
-
-
-def test_the_learning_rate_rises_and_then_follows_the_cosine():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    for warm_up, expected in {0: [1.0, 0.853553, 0.5, 0.146447], 1: [0.5, 1.0, 0.75, 0.25]}.items():
-        optimizer = torch.optim.SGD([parameter], lr=1.0)
-        scheduler = cosine(optimizer, 4, warm_up)
-        rates = []
-        for _ in range(4):
-            rates.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            scheduler.step()
-        assert rates == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_average_follows_the_steps():

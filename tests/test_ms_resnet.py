@@ -8,22 +8,22 @@ import torch
 from models import MSResNet, ms_resnet18, ms_resnet104, neurons, sma_ms_resnet18, sma_ms_resnet34, sma_ms_resnet104
 from models.ms_resnet import BatchNorm, MSBlock
 from models.sma import SMA
-from tools.direct_sma import PublishedNeuron, as_direct
+from tests.direct import PublishedNeuron, as_direct
 
 SMALL = {"width": 0.125, "num_classes": 5}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("by_spikingjelly", [False, True], ids=["our loop", "SpikingJelly's loop"])
-def test_the_neuron_follows_its_equation(dtype, by_spikingjelly, monkeypatch):
-    if by_spikingjelly:
-        monkeypatch.setattr(neurons._LIFNode, "_is_python_loop", lambda *_: False)
+def test_the_neuron_follows_its_equation(dtype, by_spikingjelly):
+    """Ours has float32 potentials, whatever the input; SpikingJelly's has those of the input."""
     torch.manual_seed(0)
     x = torch.randn(6, 3, 4, 5, 5).to(dtype)
     weights = torch.randn_like(x)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     node = neurons.ms_lif()
-    outputs = [PublishedNeuron()(inputs[0]), node(inputs[1])]
+    node.store_v_seq = by_spikingjelly
+    outputs = [PublishedNeuron()(inputs[0] if by_spikingjelly else inputs[0].float()).to(dtype), node(inputs[1])]
     assert 0.2 < outputs[0].float().mean() < 0.6
     assert torch.equal(*outputs)
     for output in outputs:
@@ -111,15 +111,45 @@ def test_an_image_is_the_input_of_every_step(factory):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    results = []
+    results, before = [], copy.deepcopy(net.state_dict())
     for x in (image, image.expand(4, -1, -1, -1, -1).contiguous()):
         net.zero_grad()
         logits = net(x)
         logits.pow(2).sum().backward()
         neurons.reset_net(net)
-        results.append((logits.detach(), net.conv1[0].weight.grad.clone(), net.conv2_x[0].shortcut[-2].weight.grad))
+        gradients = net.conv1[0].weight.grad.clone(), net.conv2_x[0].shortcut[-2].weight.grad
+        statistics = [value for name, value in net.state_dict().items() if "running_" in name]
+        results.append((logits.detach(), *gradients, *statistics))
+        net.load_state_dict(before)
     assert results[0][1].abs().max() > 0
     torch.testing.assert_close(results[0], results[1], rtol=1e-7, atol=1e-10)
+
+
+def test_under_autocast_only_products_run_in_half_precision():
+    net = sma_ms_resnet18(**SMALL, AZO=True)
+    dtypes = {}
+
+    def note(module, inputs, output):
+        kind = type(module).__name__
+        dtypes.setdefault(kind, set()).update({inputs[0].dtype, output.dtype})
+        if hasattr(module, "v"):
+            dtypes.setdefault("potential", set()).add(module.v.dtype)
+
+    kinds = (MSBlock, BatchNorm, SMA, type(neurons.ms_lif()))
+    inside = {m for sma in net.modules() if isinstance(sma, SMA) for m in sma.modules() if m is not sma}
+    for module in net.modules():
+        if module not in inside and (not list(module.children()) or isinstance(module, kinds)):
+            module.register_forward_hook(note)
+    products = []
+    for branch in inside:
+        if isinstance(branch, torch.nn.Conv2d):
+            branch.register_forward_hook(lambda _, __, output: products.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        net(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert dtypes.pop("Linear") == {torch.float32, torch.bfloat16}
+    assert set(dtypes) >= {"potential", "MSBlock", "BatchNorm", "SMA", "_Conv2d"}
+    assert set.union(*dtypes.values()) == {torch.float32}, dtypes
+    assert set(products) == {torch.bfloat16}
 
 
 def test_identical_frames_are_convolved_once():

@@ -28,8 +28,8 @@ from utils.image_args import image_parser
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPE = {
-    "timesteps": 1, "RCR": 1, "RTR": 1, "batch_size": 1, "epochs": 1, "lr": 1.0, "decay": 1.0, "seed": 0,
-    "split_seed": 0, "flip": True, "net": "", "image_size": 1, "label_smoothing": 0.0,
+    "timesteps": 1, "RCR": 1, "RTR": 1, "batch_size": 1, "epochs": 1, "lr": 1.0, "weight_decay": 1.0,
+    "momentum_decay": 1.0, "seed": 0, "split_seed": 0, "flip": True, "net": "", "image_size": 1, "label_smoothing": 0.0,
 }  # fmt: skip
 PARSERS = {path.name: event_parser("", RECIPE) for path in SCRIPTS.values()} | {
     "train_amp.py": image_parser("", RECIPE),

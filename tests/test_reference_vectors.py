@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from spikingjelly.activation_based import layer
 
 from models import (
     SMA,
@@ -44,10 +45,11 @@ def difference(actual, expected):
 
 
 @pytest.mark.parametrize("name", ["sma_spiking", "sma_spiking_azo", "sma_relu_azo", "sma_l_azo"])
-def test_sma_matches_the_reference(name):
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "equations"])
+def test_sma_matches_the_reference(name, fast):
     description, expected = load(name)
     cls = SMA_L if name.startswith("sma_l") else SMA
-    net = cls(**description["kwargs"], **({"activation": "relu"} if "relu" in name else {}))
+    net = cls(**description["kwargs"], **({"activation": "relu"} if "relu" in name else {}), fast=fast)
     fill_network(net, description["state_dict"])
     x = torch.from_numpy(eval(description["input"], {"images": fill.images})).requires_grad_()
 
@@ -91,7 +93,7 @@ def test_vgg8_matches_the_reference():
 
     net.train()
     for module in net.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, layer.Dropout):
             module.p = 0.0
     logits = net(x)
     assert difference(logits, expected["train_logits"]) <= TOLERANCE

@@ -117,12 +117,13 @@ def test_the_same_command_on_a_finished_run_evaluates_it_again(script, gesture_d
 
 def test_published_spellings_are_kept(script, gesture_data, tmp_path):
     code, _, err = script(
-        "dvs128", *SMALL, "--data-dir", gesture_data, "-N", 1, "--learning-rate", "0.01", "--decay", "0.1",
+        "dvs128", *SMALL, "--data-dir", gesture_data, "-N", 1, "--learning-rate", "0.01", "--decay", "7",
+        "--weight-decay", "0.1",
         "--model-output-dir", tmp_path / "out", "--log-dir", tmp_path / "log", "--local_rank", 0, "--no-AZO",
     )  # fmt: skip
     assert code == 0, err
     args = json.loads((tmp_path / "out/args.json").read_text())["args"]
-    assert (args["epochs"], args["lr"], args["decay"], args["AZO"]) == (1, 0.01, 0.1, False)
+    assert (args["epochs"], args["lr"], args["decay"], args["weight_decay"], args["AZO"]) == (1, 0.01, 7, 0.1, False)
     assert list((tmp_path / "log").glob("events.out.tfevents.*"))
 
 
@@ -156,7 +157,8 @@ def test_training_can_start_from_weights(script, gesture_data, tmp_path):
         ),
         (["--lr", "nan"], "argument --lr/--learning-rate: 'nan' must be a finite number above 0"),
         (["--lr", "0"], "argument --lr/--learning-rate: '0' must be a finite number above 0"),
-        (["--decay", "-1"], "argument --decay: '-1' must be a finite number of at least 0"),
+        (["--decay", "1e-3"], "argument --decay: '1e-3' must be a whole number of at least 1"),
+        (["--weight-decay", "-1"], "argument --weight-decay: '-1' must be a finite number of at least 0"),
         (["-T", "0"], "argument -T/--timesteps: '0' must be a whole number of at least 1"),
         (["-T", "2"], "T_reduction=4 leaves no unit for time=2; use 1 to 2"),
         (["--RTR", "5"], "RTR=5 leaves AZO no step of time=4; use 1 to 4"),

@@ -15,7 +15,6 @@ from utils.checkpoint import read_weights
 from utils.errors import StopRequested
 from utils.signals import StopSignal
 
-CPU = torch.device("cpu")
 # Sends a signal to its own process from inside a step: at the N-th training batch, or test batch, of the run.
 SENDER = """
 import os, runpy, signal, sys
@@ -180,7 +179,7 @@ def test_loader_processes_end_with_a_main_process_that_fails():
 def test_the_signal_is_seen_after_the_step_and_the_handlers_go_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     seen = []
-    with StopSignal(CPU) as stop, pytest.raises(StopRequested) as caught:
+    with StopSignal() as stop, pytest.raises(StopRequested) as caught:
         for batch in stop.watch([1, 2, 3]):
             if batch == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -192,7 +191,7 @@ def test_the_signal_is_seen_after_the_step_and_the_handlers_go_back():
 def test_a_run_that_fails_is_not_ended_by_sigterm_before_it_says_why():
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(ZeroDivisionError), StopSignal(CPU):
+        with pytest.raises(ZeroDivisionError), StopSignal():
             raise ZeroDivisionError
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
@@ -200,6 +199,6 @@ def test_a_run_that_fails_is_not_ended_by_sigterm_before_it_says_why():
 
 
 def test_a_second_ctrl_c_interrupts_at_once():
-    with pytest.raises(KeyboardInterrupt), StopSignal(CPU):
+    with pytest.raises(KeyboardInterrupt), StopSignal():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,12 +1,15 @@
 """SMA, SMA-L and AZO beyond the reference vectors: the definition, gradients, modes, arguments, reuse."""
 
-import inspect
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from spikingjelly.activation_based import layer, neuron
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models.sma
 from models import SMA, SMA_L, attention_zoneout
@@ -65,10 +68,25 @@ def test_replaced_values_carry_the_gradient_of_their_source_and_the_choice_none(
     assert w_time.grad is None and w_channel.grad is None
 
 
-def test_zoneout_has_no_loop():
-    source = inspect.getsource(attention_zoneout) + inspect.getsource(models.sma._zoneout_choice)
-    code = [line.split("#")[0] for line in source.split('"""')[0::2]]
-    assert not any(word in part.split() for part in code for word in ("for", "while"))
+@pytest.mark.parametrize("over_time", [True, False], ids=["SMA", "SMA-L"])
+def test_zoneout_has_no_loop(over_time):
+    """The number of operations depends neither on the scales nor on the steps nor on the channels."""
+
+    class Count(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Count.operations += 1
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for S, T, C in ((1, 2, 2), (4, 2, 2), (1, 16, 2), (1, 2, 32)):
+        w_channel = torch.rand(S, *((T, 2, C) if over_time else (2, C)))
+        before = Count.operations
+        with Count():
+            attention_zoneout(torch.rand(S, T, 2, C, 3, 3), torch.rand(S, T, 2), w_channel, RTR=2, RCR=2)
+        counts.append(Count.operations - before)
+    assert counts[0] > 5 and len(set(counts)) == 1
 
 
 @pytest.mark.parametrize("cls", [SMA, SMA_L])
@@ -170,6 +188,35 @@ def test_any_module_can_follow_the_branch_normalisation():
     assert isinstance(net.S_Convs[0].lif, torch.nn.Tanh)
 
 
+@pytest.mark.parametrize(
+    "activation",
+    [neuron.LIFNode, neuron.IFNode, lambda: torch.nn.Sequential(torch.nn.Identity(), neuron.LIFNode())],
+    ids=["LIFNode", "IFNode", "inside"],
+)
+def test_a_neuron_in_single_step_mode_is_refused(activation):
+    """It would take T for the batch and compute another network."""
+    message = r'makes a L?IFNode in single-step mode; use activation=lambda: L?IFNode\(step_mode="m"\)'
+    with pytest.raises(ValueError, match=message):
+        SMA(8, 4, C_reduction=4, T_reduction=2, activation=activation)
+
+
+def test_single_step_neurons_in_a_container_for_all_steps_are_fine():
+    nets = [
+        SMA(8, 4, C_reduction=4, T_reduction=2, kernels=[1, 3], activation=activation).double().eval()
+        for activation in (lambda: layer.MultiStepContainer(neuron.LIFNode()), lambda: neuron.LIFNode(step_mode="m"))
+    ]
+    x = 3 * torch.randn(4, 2, 8, 5, 5, dtype=torch.double)
+    state = {name: value for name, value in nets[0].state_dict().items() if ".lif." not in name}
+    nets[1].load_state_dict(state)
+    torch.testing.assert_close(nets[0](x), nets[1](x))
+
+
+@pytest.mark.parametrize("cls", [SMA, SMA_L])
+def test_recomputation_without_the_fast_form_is_refused(cls):
+    with pytest.raises(ValueError, match="recompute=True needs fast=True"):
+        cls(8, 4, C_reduction=4, T_reduction=2, recompute=True, fast=False)
+
+
 def test_sma_py_can_be_lifted_into_another_project(tmp_path):
     """Copied alone into an empty folder, it trains in a network of that project."""
     shutil.copy(models.sma.__file__, tmp_path / "sma.py")
@@ -213,6 +260,87 @@ print("trained")
         [sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert result.stdout.strip() == "trained", result.stderr
+
+
+# A neuron as SpikingJelly 0.0.0.0.12 has it, where that version is not there: one class for a step, one for T steps.
+STAND_IN = """
+import torch
+from torch import nn
+
+class LIFNode(nn.Module):
+    def __init__(self, tau=2.0, v_threshold=1.0, surrogate_function=None, detach_reset=False):
+        super().__init__()
+        self.tau, self.v_threshold, self.v = tau, v_threshold, 0.0
+
+class MultiStepLIFNode(LIFNode):
+    def forward(self, x_seq):
+        spikes = []
+        for x in x_seq:
+            self.v = self.v + (x - self.v) / self.tau
+            soft = torch.sigmoid(4 * (self.v - self.v_threshold))
+            spikes.append((self.v >= self.v_threshold).float() + soft - soft.detach())
+            self.v = self.v * (1 - spikes[-1].detach())
+        return torch.stack(spikes)
+
+    def reset(self):
+        self.v = 0.0
+"""
+IN_012 = """
+import importlib.util, warnings
+import torch
+assert importlib.util.find_spec("spikingjelly.activation_based") is None
+from spikingjelly.clock_driven import neuron, surrogate
+from sma import SMA, SMA_L
+
+torch.manual_seed(0)
+for cls in (SMA, SMA_L):
+    for activation, sentence in (("lif", "activation=lambda: MultiStepLIFNode("),
+                                 (neuron.LIFNode, "use activation=lambda: MultiStepLIFNode(...)")):
+        try:
+            cls(8, 4, C_reduction=4, T_reduction=2, activation=activation)
+            raise AssertionError("not refused")
+        except (ImportError, ValueError) as error:
+            assert sentence in str(error)
+    multi_step = lambda: neuron.MultiStepLIFNode(detach_reset=True, surrogate_function=surrogate.ATan())
+    sma = cls(8, 4, C_reduction=4, T_reduction=2, AZO=True, RCR=2, RTR=2, activation=multi_step)
+    target, x = torch.rand(4, 2, 8, 6, 6), 3 * torch.randn(4, 2, 8, 6, 6)
+    optimizer = torch.optim.Adam(sma.parameters(), 0.03)
+    losses = []
+    for _ in range(15):
+        loss = (sma(x) - target).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for branch in sma.S_Convs:
+            branch.lif.reset()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0], losses
+    print("trained")
+"""
+
+
+@pytest.mark.parametrize("version", ["stand-in", "installed"])
+def test_sma_py_works_alone_under_spikingjelly_0_0_0_0_12(version, tmp_path):
+    folder = tmp_path / "packages"
+    if version == "installed":
+        name = "SPIKINGJELLY_012"
+        if name not in os.environ:
+            how = "pip install --no-deps --target FOLDER spikingjelly==0.0.0.0.12"
+            pytest.skip(f"give in {name} a folder made by: {how}")
+        folder = Path(os.environ[name])
+    else:
+        (folder / "spikingjelly/clock_driven").mkdir(parents=True)
+        for empty in ("__init__.py", "clock_driven/__init__.py"):
+            (folder / "spikingjelly" / empty).touch()
+        (folder / "spikingjelly/clock_driven/neuron.py").write_text(STAND_IN)
+        (folder / "spikingjelly/clock_driven/surrogate.py").write_text("ATan = object")
+    shutil.copy(models.sma.__file__, tmp_path / "sma.py")
+    (tmp_path / "use.py").write_text(IN_012)
+    result = subprocess.run(
+        [sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+    )  # fmt: skip
+    assert result.stdout.split() == ["trained"] * 2, result.stderr
 
 
 @pytest.mark.parametrize(

@@ -181,10 +181,10 @@ def test_fine_tuning_from_weights_with_another_rate_decay_and_length(script, ima
     # No -net, -T, --width: the file tells them.
     code, out, err = script(
         "imagenet", "--data-dir", images, "--weights", tmp_path / "start.pth", "--AZO", "--epochs", 1, "-lr", "1e-12",
-        "--decay", "1e-5", "--image-size", 32, "-b", 6, "--device", "cpu", "--output-dir", tmp_path / "out",
+        "--weight-decay", "1e-5", "--image-size", 32, "-b", 6, "--device", "cpu", "--output-dir", tmp_path / "out",
     )  # fmt: skip
     assert code == 0, err
-    assert "decay 1e-05 instead of 0.0001" in out and "AZO with RCR 4, RTR 2" in out
+    assert "weight_decay 1e-05 instead of 0.0001" in out and "AZO with RCR 4, RTR 2" in out
     trained = sma_ms_resnet18(T=2, width=0.0625, num_classes=3)
     load_weights(trained, tmp_path / "out/last.pt")
     for a, b in zip(trained.parameters(), start.parameters(), strict=True):
@@ -308,7 +308,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, sentence, script, 
 def test_the_published_spellings_are_kept(images, monkeypatch):
     args = parse_image_args("", RECIPE, DEMO, ["-net", "resnet18", "-b", "384", "-lr", "0.1", "--local-rank=3"])
     assert (args.net, args.batch_size, args.lr, args.local_rank) == ("resnet18", 384, 0.1, 3)
-    assert (args.timesteps, args.epochs, args.decay, args.label_smoothing, args.seed) == (6, 200, 1e-4, 0.1, 445)
+    assert (args.timesteps, args.epochs, args.weight_decay, args.label_smoothing, args.seed) == (6, 200, 1e-4, 0.1, 445)
     assert (args.AZO, args.RCR, args.RTR, args.sma_blocks, args.mixup) == (False, 4, 2, "first-two", False)
     assert (args.image_size, args.test_crop) == (224, 224)
     assert set(deviations(args, RECIPE)) <= {"batch_size", "amp"}  # fp16 where there is a GPU

@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models import (
     SMA,
-    folded,
     ms_resnet18,
     ms_resnet34,
     ms_resnet104,
@@ -31,8 +30,8 @@ from models import (
     sma_vgg8_dvs128,
     sma_vgg8_ncaltech101,
 )
+from models.fast import equations_only
 from models.neurons import lif, multi_dimensional_attention, reset_net, select_backend, temporal_wise_attention
-from tools.direct_sma import as_direct
 from utils.data.images import to_channels_last
 from utils.engine import AMP_DTYPES
 from utils.errors import UserError, user_input
@@ -89,7 +88,7 @@ def make_form(name: str, form: str, T: int) -> nn.Module | None:
     if form in ("SMA", LOWER_BOUND):
         return subject.factory(T=T)
     if form == "SMA, direct":
-        return as_direct(subject.factory(T=T))
+        return equations_only(subject.factory(T=T))
     if form == "SMA, depthwise":
         return subject.factory(T=T, branch_groups="channel")
     if name == "block":
@@ -154,7 +153,6 @@ def steps_of(name: str, form: str, setting: Setting) -> tuple[dict[str, Step], s
         return _layers_alone(net, x, setting), "", flops
     x.requires_grad_(name == "block")
     scaler = torch.amp.GradScaler(device.type, enabled=setting.amp == "fp16")
-    seen: list[nn.Module] = []  # the folded copy, made in the first evaluation as in a run
 
     def training() -> None:
         net.train()
@@ -165,14 +163,12 @@ def steps_of(name: str, form: str, setting: Setting) -> tuple[dict[str, Step], s
         reset_net(net)
 
     def evaluation() -> None:
-        if not seen:
-            seen.append(folded(net.eval()) if form.startswith("SMA") and form != "SMA, direct" else net)
-        seen[0].eval()
+        net.eval()
         with torch.inference_mode():
-            seen[0](x)
-        reset_net(seen[0])
+            net(x)
+        reset_net(net)
 
-    return {"training": training, "evaluation": evaluation}, backend, flops
+    return {"training": training, "evaluation": evaluation}, str(backend), flops
 
 
 def _layers_alone(net: nn.Module, x: Tensor, setting: Setting) -> dict[str, Step]:

@@ -194,12 +194,11 @@ def mean_attention(inspected: Inspected, process: Process) -> dict[str, tuple[np
     finally:
         for module in modules.values():
             module.observer = None
-    (total,) = sum_over_processes([count], process.device)
+    (total,) = sum_over_processes([count])
     result = {}
     for name, parts in sums.items():
         time, square, channel = (
-            np.reshape(sum_over_processes(part.flatten().tolist(), process.device), part.shape) / total
-            for part in parts
+            np.reshape(sum_over_processes(part.flatten().tolist()), part.shape) / total for part in parts
         )
         result[name] = (time, np.sqrt(np.maximum(square - time**2, 0)), channel)
     return result

@@ -1,7 +1,12 @@
-"""Processes: one or many, on CPUs (gloo) or GPUs (nccl); plain python, torchrun or torch.distributed.launch."""
+"""Processes: one or many, on CPUs (gloo) or GPUs (nccl); plain python, torchrun or torch.distributed.launch.
+
+Gradients and buffers travel on the device. Flags, sums and objects are CPU tensors and always go through gloo: they
+never wait for a GPU, and a lost process is a Python exception there.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,9 +18,24 @@ import torch.distributed as dist
 from torch import nn
 
 from utils.errors import ProcessLost, UserError
-from utils.telling import is_first_to_tell, launcher_keeps_store, meeting_place, wait_until_told
 
-__all__ = ["Process", "broadcast_buffers", "gather", "largest_over_processes", "start", "sum_over_processes"]
+__all__ = [
+    "Process",
+    "all_processes_say",
+    "any_process",
+    "broadcast_buffers",
+    "fail_together",
+    "gather",
+    "largest_over_processes",
+    "processes_here",
+    "start",
+    "sum_over_processes",
+]
+
+_MOST_PROCESSES = 1 << 16
+_PATIENCE = 3.0  # seconds that a process which ends with an error waits for the others to end with the same
+
+_last_words: dist.ProcessGroup | None = None  # a group of its own: the others may be inside an exchange of the main one
 
 
 @dataclass(frozen=True)
@@ -39,52 +59,75 @@ def start(
 ) -> Iterator[Process]:
     """Join the process group that the environment describes (none: a run of one process), and leave it at the end.
 
+    After an exception the group stays as it is: taking it down would wait for the other processes.
+    :func:`utils.errors.exit_with_sentence` ends the process then.
+
     Args:
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or None for a GPU where there is one.
-        local_rank: ``--local-rank`` of older launchers; the environment's ``LOCAL_RANK`` where it is None.
+        local_rank: ``--local-rank`` of older launchers; the environment's ``LOCAL_RANK`` where it is None or -1.
         timeout: seconds that a process waits for the others.
         deterministic: the same bits again on the same machine. An operation that cannot give them is an error on a CPU,
             and on a GPU a warning that names it.
 
     Raises:
-        UserError: the device is unknown or absent, there are more processes than GPUs, or they do not find each other.
+        UserError: the device is unknown or absent, there are more processes than GPUs, the environment is not that of a
+            launcher, or the processes do not find each other.
         ProcessLost: another process ended, or did not answer in time.
     """
-    world_size = _environment_number("WORLD_SIZE", 1)
-    rank = _environment_number("RANK", 0)
-    if local_rank is None:
-        local_rank = _environment_number("LOCAL_RANK", 0)
+    rank, world_size = _rank_and_world_size()
+    if local_rank is None or local_rank < 0:
+        local_size = processes_here() if "LOCAL_WORLD_SIZE" in os.environ else world_size
+        local_rank = _environment_number("LOCAL_RANK", 0, 0, local_size - 1)
     chosen = _choose_device(device, local_rank, world_size)
-    # init_process_group is called whenever a launcher set the environment, even for one process: it owns the store.
-    joined = "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
-    if world_size > 1 and not joined:
-        raise UserError(f"WORLD_SIZE={world_size} without MASTER_ADDR; start several processes with torchrun")
     with _reproducible(chosen) if deterministic else nullcontext():
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-        store = _join("nccl" if chosen.type == "cuda" else "gloo", timeout) if joined else None
-        to_ask = 0  # processes that ask this one, which has the store, who tells why the run ends
+        # Joined whenever a launcher set the environment, even for one process.
+        joined = _has_launcher(world_size)
+        if joined:
+            _join(_backend(chosen.type), timeout)
         try:
             yield Process(rank, local_rank, world_size, chosen)
-        except BaseException as error:
-            if store is None or world_size == 1:
-                raise
-            lost = _is_loss(error)
-            # Of a lost first process its store is gone, too, and the second one may be all that is left.
-            told = not is_first_to_tell(store, last=1 if lost else 0)
-            if rank == 0 and not launcher_keeps_store():
-                to_ask = world_size - lost
-            if not lost:
-                error.told = told
-                raise
-            # The group is left as it is: taking it down would wait for the one that is gone.
-            joined = False
-            raise ProcessLost(told, timeout) from error
-        finally:
-            if joined:
-                dist.destroy_process_group()
-            if to_ask:
-                wait_until_told(store, to_ask)
+        except Exception as error:
+            if joined and _is_loss(error):
+                raise ProcessLost(timeout) from error
+            raise
+        if joined:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """Where the block raises a UserError in one process, all processes raise one. All of them must pass here."""
+    own = None
+    try:
+        yield
+    except UserError as error:
+        own = error
+    sentences = gather(own and str(own))
+    if own is not None:
+        raise own
+    if sentence := next(filter(None, sentences), None):
+        raise UserError(sentence)
+
+
+def all_processes_say(sentence: str) -> bool:
+    """Whether all processes of the run are about to end with this sentence; waits a few seconds for them at most.
+
+    A process that fails before it joined the others joins them here, so that they notice when it ends.
+    """
+    try:
+        if not dist.is_initialized():
+            if not _has_launcher(_rank_and_world_size()[1]):
+                return False
+            _join(_backend("cuda" if torch.cuda.is_available() else "cpu"), _PATIENCE)
+        own = torch.tensor(list(hashlib.sha256(sentence.encode(errors="replace")).digest()), dtype=torch.uint8)
+        found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        work = dist.all_gather(found, own, group=_last_words, async_op=True)
+        work.wait(timedelta(seconds=_PATIENCE))
+    except (UserError, RuntimeError, ValueError):  # the others are elsewhere, or gone
+        return False
+    return all(torch.equal(one, own) for one in found)
 
 
 @contextmanager
@@ -98,22 +141,28 @@ def _reproducible(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def _join(backend: str, timeout: float) -> dist.Store:
-    store = None
+def _backend(device_type: str) -> str:
+    return "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+
+
+def _join(backend: str, timeout: float) -> None:
+    global _last_words
+    wait = timedelta(seconds=timeout)
     try:
-        store, rank, world_size = meeting_place(timeout)
-        wait = timedelta(seconds=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
+        store.set_timeout(wait)
+        # A launcher that starts the processes anew (--max-restarts) keeps its store: addresses of the dead ones in it
+        # must not be met again.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
+        _last_words = dist.new_group(backend="gloo", timeout=wait)
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
         reason = (str(error).splitlines() or [""])[0]
-        problem = UserError(
+        raise UserError(
             f"the {os.environ['WORLD_SIZE']} processes do not find each other at {address} within {timeout:g} s "
             f"({reason}); start all of them, with a --master_port that is free"
-        )
-        problem.told = not is_first_to_tell(store, last=0 if store else 1)
-        raise problem from error
-    return store
+        ) from error
 
 
 def _is_loss(error: BaseException) -> bool:
@@ -121,14 +170,44 @@ def _is_loss(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
-def _environment_number(name: str, default: int) -> int:
-    value = os.environ.get(name, str(default))
+def _rank_and_world_size() -> tuple[int, int]:
+    world_size = _environment_number("WORLD_SIZE", 1, 1, _MOST_PROCESSES)
+    return _environment_number("RANK", 0, 0, world_size - 1), world_size
+
+
+def _has_launcher(world_size: int) -> bool:
+    """Whether the environment says where the processes meet."""
+    if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
+        _environment_number("MASTER_PORT", -1, 1, 65535)
+        return True
+    if world_size > 1:
+        raise UserError(f"WORLD_SIZE={world_size} without MASTER_ADDR; start several processes with torchrun")
+    return False
+
+
+def processes_here() -> int:
+    """How many processes of the run are on this machine; 1 where no launcher says so.
+
+    Raises:
+        UserError: the environment holds something else than a launcher sets.
+    """
+    return _environment_number("LOCAL_WORLD_SIZE", 1, 1, _rank_and_world_size()[1])
+
+
+def _environment_number(name: str, default: int, least: int, most: int) -> int:
+    text = os.environ.get(name)
     try:
-        return int(value)
+        value = default if text is None else int(text)
     except ValueError:
+        value = least - 1
+    if not least <= value <= most:
+        found = "which is not set" if text is None else f"which is {text[:40]!r}"
+        allowed = f"a whole number from {least} to {most}" if least < most else str(least)
         raise UserError(
-            f"environment variable {name}={value!r} must be a whole number; unset it or use torchrun"
-        ) from None
+            f"environment variable {name}, {found}, must be {allowed}; start the run with torchrun, or unset RANK, "
+            "WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE for a run of one process"
+        )
+    return value
 
 
 def _choose_device(wanted: str | None, local_rank: int, world_size: int) -> torch.device:
@@ -146,7 +225,7 @@ def _choose_device(wanted: str | None, local_rank: int, world_size: int) -> torc
     if world_size > 1:
         if device.index is not None:
             raise UserError(f"--device {wanted} names one GPU for {world_size} processes; use --device cuda")
-        local_size = _environment_number("LOCAL_WORLD_SIZE", min(world_size, local_rank + 1))
+        local_size = max(local_rank + 1, processes_here())
         if local_size > gpus:
             raise UserError(f"{local_size} processes on this machine need as many GPUs and it has {gpus}; start fewer")
         return torch.device("cuda", local_rank)
@@ -156,21 +235,26 @@ def _choose_device(wanted: str | None, local_rank: int, world_size: int) -> torc
     return torch.device("cuda", index)
 
 
-def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
+def sum_over_processes(values: Sequence[float]) -> list[float]:
     """Sums over all processes, in double precision, the same list everywhere."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def largest_over_processes(values: Sequence[float]) -> list[float]:
+    """Element by element the largest of all processes, the same list everywhere."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    return bool(largest_over_processes([flag])[0])
+
+
+def _reduced(values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+    reduced = torch.tensor(values, dtype=torch.float64)
     if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
-
-
-def largest_over_processes(value: float, device: torch.device) -> float:
-    """The largest of the values of all processes."""
-    if not dist.is_initialized():
-        return value
-    largest = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest.item()
+        dist.all_reduce(reduced, operation)
+    return reduced.tolist()
 
 
 def gather(value: object) -> list:

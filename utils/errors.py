@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
+import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
-
-from utils.telling import is_first_to_tell
 
 __all__ = [
     "DataError",
@@ -23,7 +24,8 @@ __all__ = [
     "user_input",
 ]
 
-_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+_NO_USABLE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE, errno.EMFILE)
 
 EXIT_USER_ERROR = 2
 EXIT_PROCESS_LOST = 3
@@ -31,15 +33,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 class UserError(Exception):
-    """Something the user can put right. The message names what was given, what is allowed and what to do.
-
-    All processes of a run may meet it, or one alone: the first one that does prints it.
-
-    Attributes:
-        told: another process prints it, or why it ended before this one; None where that is not known yet.
-    """
-
-    told: bool | None = None
+    """Something the user can put right. The message names what was given, what is allowed and what to do."""
 
 
 class DataError(UserError):
@@ -62,24 +56,22 @@ class ProcessLost(Exception):  # noqa: N818 - as StopRequested
     """Another process of the run ended or does not answer.
 
     Args:
-        told: another process says why, so this one stays silent.
         timeout: seconds that the processes wait for each other.
     """
 
-    def __init__(self, told: bool, timeout: float):
-        super().__init__(told, timeout)
-        self.told, self.timeout = told, timeout
+    def __init__(self, timeout: float):
+        super().__init__(timeout)
+        self.timeout = timeout
 
 
 class SentenceParser(argparse.ArgumentParser):
-    """A parser that reports a mistake in one sentence and knows no abbreviations."""
+    """A parser that knows no abbreviations; a mistake is a UserError."""
 
     def __init__(self, **keywords: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **keywords)
 
     def error(self, message: str) -> NoReturn:
-        told = not is_first_to_tell()
-        self.exit(EXIT_USER_ERROR, None if told else f"{self.prog}: error: {message} (all arguments: --help)\n")
+        raise UserError(f"{message} (all arguments: --help)")
 
 
 @contextmanager
@@ -95,52 +87,133 @@ _CONTINUES = "every finished epoch is saved, and the same command continues (--r
 
 
 def exit_with_sentence(main: Callable[[], None], interrupted: str = _CONTINUES) -> None:
-    """Run ``main``; turn a UserError into its sentence on stderr and exit code 2, ctrl-C into 130.
+    """Run ``main``; an error that the user can put right becomes one sentence on stderr.
+
+    Exit codes: 2 for such an error, 3 where another process of the run is lost, 130 after ctrl-C, 143 after SIGTERM.
+    Where all processes of a run end with the same sentence the first one prints it; otherwise each prints its own, with
+    its rank. Standard output may be closed, or its reader may go away: the run continues without it.
 
     Args:
         interrupted: what ctrl-C leaves, and what to do then.
     """
-    program = os.path.basename(sys.argv[0])
+    _survive_closed_output()
     try:
         main()
     except UserError as error:
-        if not _is_told(error):
-            print(f"{program}: error: {_sentence(error)}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
+        _report_and_leave(f"error: {_sentence(error)}", EXIT_USER_ERROR)
     except ProcessLost as lost:
-        if not lost.told:
-            print(
-                f"{program}: error: another process of the run ended, or did not answer for {lost.timeout:g} s "
-                "(--timeout); every finished epoch is saved, and the same command continues (--resume auto)",
-                file=sys.stderr,
-                flush=True,
-            )
-        sys.exit(EXIT_PROCESS_LOST)
-    except OSError as error:
-        if error.errno not in _NOT_WRITABLE:
-            raise
-        if not _is_told(error):
-            print(f"{program}: error: {error}; make room or choose another folder", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
+        _report_and_leave(
+            f"error: another process of the run ended, or did not answer for {lost.timeout:g} s (--timeout); "
+            "every finished epoch is saved, and the same command continues (--resume auto)",
+            EXIT_PROCESS_LOST,
+        )
     except StopRequested as stop:
-        if os.environ.get("RANK", "0") == "0":
-            name = signal.Signals(stop.number).name
-            print(
-                f"\n{program}: stopped by {name}; every step is saved, and the same command continues (--resume auto)",
-                file=sys.stderr,
-                flush=True,
-            )
-        sys.exit(128 + stop.number)
+        name = signal.Signals(stop.number).name
+        _report_and_leave(
+            f"stopped by {name}; every step is saved, and the same command continues (--resume auto)", 128 + stop.number
+        )
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"\n{program}: interrupted; {interrupted}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_INTERRUPTED)
+        _report_and_leave(f"interrupted; {interrupted}", EXIT_INTERRUPTED)
+    except Exception as error:
+        if sentence := _of_the_machine(error):
+            _report_and_leave(f"error: {sentence}", EXIT_USER_ERROR)
+        if not _is_joined():
+            raise
+        traceback.print_exc()
+        _leave(1)
 
 
-def _is_told(error: Exception) -> bool:
-    """Whether another process of the run says why it ends."""
-    told = getattr(error, "told", None)  # known where the processes were joined
-    return not is_first_to_tell() if told is None else told
+def _report_and_leave(message: str, code: int) -> NoReturn:
+    """Print the message, once where all processes of the run end with it, and end this process."""
+    rank, speaks = "", True
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it as soon as one of the processes ended
+        from utils.distributed import all_processes_say  # torch takes seconds: not for a mistake in a run of one
+
+        if code != EXIT_PROCESS_LOST and all_processes_say(message):
+            speaks = os.environ.get("RANK") == "0"
+        else:
+            rank = f"rank {os.environ.get('RANK')}: "
+    if speaks and sys.stderr is not None:
+        start = "\n" if code > 128 else ""  # after the ^C of the terminal and the progress bar
+        print(f"{start}{os.path.basename(sys.argv[0])}: {rank}{message}", file=sys.stderr, flush=True)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process. One of several ends without its group, whose end would wait for the other processes."""
+    if not _is_joined():
+        sys.exit(code)
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(code)
+
+
+def _is_joined() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _of_the_machine(error: Exception) -> str:
+    """What the machine lacks, in a sentence; empty where the error is a fault of the program."""
+    if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
+        return f"{error}; make room or choose another folder"
+    if isinstance(error, OSError) and error.errno in _NO_USABLE_PATH:
+        return f"{error}; give another path"
+    # torch has a type of its own for a GPU and none for a CPU.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error):
+        return "there is not enough memory; use a smaller --batch-size, image or frame size, T or network"
+    return ""
+
+
+class _Output:
+    """A text stream whose reader may go away: what is printed after that is dropped."""
+
+    def __init__(self, stream: io.TextIOWrapper):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._drop_if_closed(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._drop_if_closed(self._stream.flush)
+
+    def _drop_if_closed(self, do: Callable[[], object]) -> None:
+        try:
+            do()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: a terminal that is gone
+                raise
+            _to_nowhere(self._stream.fileno())  # what is still in its buffer must not fail again at the end
+
+
+def _to_nowhere(descriptor: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if nowhere != descriptor:
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+def _survive_closed_output() -> None:
+    """Let prints succeed where standard output or error is closed, or gets closed, or cannot hold a character."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:  # closed from the start
+            try:
+                os.fstat(descriptor)
+            except OSError:  # the next file that is opened would get the number, and what libraries print to it
+                _to_nowhere(descriptor)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the rest of the process
+        elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, _Output(stream))
 
 
 def _sentence(error: UserError) -> str:

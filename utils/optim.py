@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["averaged", "cosine"]
+__all__ = ["averaged", "cosine_one_epoch_late"]
 
 
-def cosine(optimizer: torch.optim.Optimizer, epochs: int, warm_up: int = 0) -> LRScheduler:
-    """A cosine from the learning rate to 0, stepped once an epoch.
+def cosine_one_epoch_late(optimizer: torch.optim.Optimizer, epochs: int, warm_up: int = 0) -> LambdaLR:
+    """The published ImageNet schedule, stepped once an epoch: epoch ``e`` of ``E`` trains at
+    ``0.5 * lr * (1 + cos(pi * e / E))``, so the first one below ``lr`` and the last one at 0.
 
     Args:
-        epochs: of the whole schedule.
-        warm_up: of these, the first so many rise in equal steps: epoch n has ``n / (warm_up + 1)`` of the rate.
+        optimizer: its learning rate is ``lr``.
+        epochs: E, with the warm-up.
+        warm_up: W. The first W epochs rise: epoch ``e`` has ``lr * e / (W + 1)``. The others are the E - W epochs of
+            the cosine.
     """
-    falling = CosineAnnealingLR(optimizer, T_max=epochs - warm_up)
-    if warm_up == 0:
-        return falling
-    rising = LinearLR(optimizer, start_factor=1 / (warm_up + 1), total_iters=warm_up)
-    return SequentialLR(optimizer, [rising, falling], milestones=[warm_up])
+
+    def factor(epochs_done: int) -> float:
+        epoch = epochs_done + 1
+        if epoch <= warm_up:
+            return epoch / (warm_up + 1)
+        return 0.5 * (1 + math.cos(math.pi * (epoch - warm_up) / (epochs - warm_up)))
+
+    return LambdaLR(optimizer, factor)
 
 
 def averaged(net: nn.Module, decay: float, optimizer: torch.optim.Optimizer) -> nn.Module:

@@ -11,8 +11,6 @@ from threading import Thread
 from types import FrameType
 from typing import Any, TypeVar
 
-import torch
-
 from utils.distributed import largest_over_processes
 from utils.errors import StopRequested
 
@@ -27,17 +25,16 @@ _CAN_LISTEN = hasattr(signal, "sigwaitinfo")  # not on macOS
 class StopSignal:
     """Remembers a signal until the step that is being computed is done. A second ctrl-C interrupts at once.
 
-        with StopSignal(device) as stop:
-            for batch in stop.watch(batches):
+    with StopSignal() as stop:
+        for batch in stop.watch(batches):
+            ...
+            if stop.agree(my_loss_is_not_finite):  # optional: a flag of the step, on the same exchange
                 ...
-
-    Args:
-        device: where the processes of the run talk to each other.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self) -> None:
         self.received = 0  # the number of the signal
+        self._agreed: int | None = None  # that of any process; None until it is asked for in this step
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -55,24 +52,36 @@ class StopSignal:
             raise KeyboardInterrupt
         self.received = number
 
+    def agree(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process; all processes must ask, once a step.
+
+        The signals travel along, so that a step needs one exchange between the processes.
+        """
+        found, received = largest_over_processes([flag, self.received])
+        self._agreed = int(received)
+        return bool(found)
+
     def watch(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches; after the one during which any process got a signal, all processes stop.
 
-        All processes must watch at the same time; their numbers of batches may differ.
+        All processes must watch at the same time; their numbers of batches may differ where the body does not call
+        :meth:`agree`. A signal that comes after the call stops the run one step later.
 
         Raises:
             StopRequested: when the body of the loop is through with a batch.
         """
         assert isinstance(batches, Sized)
-        rounds = int(largest_over_processes(len(batches), self.device))
+        rounds = int(largest_over_processes([len(batches)])[0])
         source = iter(batches)
         for _ in range(rounds):
+            self._agreed = None
             batch = next(source, None)
             if batch is not None:
                 yield batch
-            received = int(largest_over_processes(self.received, self.device))
-            if received:
-                raise StopRequested(received)
+            if self._agreed is None:
+                self.agree(False)
+            if self._agreed:
+                raise StopRequested(self._agreed)
 
 
 @contextmanager

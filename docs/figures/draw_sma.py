@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if not __package__:  # run as a file: the modules of the repository are one folder up
     sys.path.insert(0, str(ROOT))
 
-from models.sma import _smallest, _zoneout_choice, attention_zoneout  # noqa: E402
+from models.sma import attention_zoneout, zoneout_choice  # noqa: E402
 from utils.errors import SentenceParser, UserError, exit_with_sentence  # noqa: E402
 
 # Okabe & Ito, "Color Universal Design" (2008).
@@ -64,9 +64,9 @@ def run_zoneout(seed: int = SEED) -> Zoneout:
     w_time = torch.randn(scales, STEPS, BATCH, generator=rng).softmax(0)
     w_channel = torch.randn(scales, STEPS, BATCH, CHANNELS, generator=rng).softmax(0)
     after = attention_zoneout(z, w_time, w_channel, RTR=RTR, RCR=RCR)
-    replaced = _zoneout_choice(w_time, w_channel, RTR, RCR)[0]
+    replaced = zoneout_choice(w_time, w_channel, RTR, RCR)[0]
     time_sum = w_time.sum(2)[0]
-    steps = _smallest(time_sum[None], STEPS // RTR)[0]
+    steps = torch.zeros(STEPS, dtype=torch.bool).scatter_(0, time_sum.topk(STEPS // RTR, largest=False).indices, True)
     return Zoneout(
         before=z[0, :, 0, :, 0, 0].numpy(),
         after=after[0, :, 0, :, 0, 0].numpy(),

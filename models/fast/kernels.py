@@ -1,13 +1,14 @@
-"""The passes of SMA beside its convolutions as Triton kernels, for a GPU.
+"""The passes of SMA after its convolutions as Triton kernels, for a GPU. ``loops.py`` has the same four functions.
 
-``models/sma.py`` uses them where they run and has the same functions in PyTorch, of the same names behind an
-underscore, for everything else; copy both files into one package to have them. A tensor is read and written once, in
-the layout in which the convolutions leave it (``[T, B, C, H, W]`` contiguous, or each step channels-last), and what is
-computed is float32 whatever is stored (float64 where the parameters are).
+A tensor is read and written once, in the layout in which the convolutions leave it (``[T, B, C, H, W]`` contiguous, or
+each step channels-last). What is computed is float32 whatever is stored (float64 where the parameters are).
 
 A program has a tile of P pixels and some channels of one sample, and goes through all T steps of it: the membrane
 potential stays in registers. Nothing is summed in an order that depends on the run: spikes are counted (whole numbers
-are exact in float32), and other sums over pixels are made in parts that are added in a fixed order.
+are exact in float32), and other sums over pixels are made in parts that are added in a fixed order. The backward pass
+computes the potentials again, to the same bits: neither pass may fuse a product and a sum (``enable_fp_fusion``).
+
+Triton compiles at the first use and needs a C compiler and Python's headers (``Python.h``) for it.
 """
 
 from __future__ import annotations
@@ -27,26 +28,16 @@ _MOST_TILES_IN_A_PART = 8  # of pixels, whose sum one program makes
 
 
 def fire(
-    y: Tensor, scale: Tensor, shift: Tensor, v: Tensor | None, keep: float, threshold: float, spikes: Tensor
+    y: Tensor, scale: Tensor, shift: Tensor, v: Tensor | None, decay: float, threshold: float, spikes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """LIF neurons with a hard reset to 0 on ``u_t = keep * v_{t-1} + scale * y_t + shift``.
-
-    Args:
-        y: ``[T, B, C, H, W]`` in one of the two layouts.
-        scale, shift: ``[C, 1, 1]``.
-        v: the first potential, ``[B, C, H, W]``; None: 0.
-        spikes: where they are written to, like ``y``; may be ``y``.
-
-    Returns:
-        The means of the spikes over H and W, ``[T, B, C]``, and the last potential.
-    """
+    """:func:`models.fast.loops.fire`, for ``y`` in one of the two layouts."""
     tiles = _Tiles(y)
     counts = torch.zeros(y.shape[:3], dtype=scale.dtype, device=y.device)
     last = torch.empty_like(y[0], dtype=scale.dtype)
     with torch.cuda.device_of(y):
         _fire[tiles.grid](
             y, scale, shift, y if v is None else _laid_out_as(v, y[0]), spikes, counts, last, *tiles.sizes,
-            keep, threshold, v is not None, **tiles.constants,
+            decay, threshold, v is not None, **tiles.constants, enable_fp_fusion=False,
         )  # fmt: skip
     return counts / tiles.pixels, last
 
@@ -59,78 +50,69 @@ def fire_backward(
     grad_spikes: Tensor | None,
     grad_means: Tensor | None,
     grad_v: Tensor | None,
-    keep: float,
-    gain: float,
+    decay: float,
+    input_scale: float,
     threshold: float,
     alpha: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`fire` for what it charges with, times ``gain``, ``[T, B, C, H, W]``, and for ``v``.
-
-    The surrogate gradient is ATan with ``alpha``; a reset passes no gradient on.
-    """
+    """:func:`models.fast.loops.fire_backward`."""
     tiles = _Tiles(y)
     grad, grad_first = torch.empty_like(y), torch.empty_like(y[0], dtype=scale.dtype)
     given = (v, y[0]), (grad_spikes, y), (grad_means, None), (grad_v, y[0])
     tensors = [y if one is None else _laid_out_as(one, like) for one, like in given]
     with torch.cuda.device_of(y):
         _fire_backward[tiles.grid](
-            y, scale, shift, *tensors, grad, grad_first, *tiles.sizes, keep, gain, threshold, alpha,
-            *(one is not None for one, _ in given), **tiles.constants,
+            y, scale, shift, *tensors, grad, grad_first, *tiles.sizes, decay, input_scale, threshold, alpha,
+            *(one is not None for one, _ in given), **tiles.constants, enable_fp_fusion=False,
         )  # fmt: skip
     return grad, grad_first
 
 
 def weighted_sum(
-    features: Sequence[Tensor], own: Tensor, borrowed: Tensor | None, are_spikes: bool
+    features: Sequence[Tensor], current: Tensor, previous: Tensor | None, are_spikes: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """``out_t = sum over s of own_s,t * f_s,t + borrowed_s,t * f_s,t-1``, in the type of the features.
+    """:func:`models.fast.loops.weighted_sum` for at most ``most_scales`` features.
 
-    Args:
-        features: at most ``most_scales`` of ``[T, B, C, H, W]``.
-        own, borrowed: ``[S, T, B, C]``; ``borrowed`` of step 0 is 0, and None is 0 throughout.
-        are_spikes: whether the features are 0 or 1.
-
-    Returns:
-        The sum, and what :func:`weighted_sum_backward` needs: the features, or one byte for the spikes of all scales.
+    For the backward pass it returns one byte for the spikes of all scales.
     """
     first = features[0] if _is_channels_last(features[0]) else features[0].contiguous()
     features = [_laid_out_as(f, first) for f in features]
     tiles = _Tiles(features[0])
-    out = torch.empty_like(features[0])
+    out = torch.empty_like(features[0], dtype=torch.promote_types(current.dtype, features[0].dtype))
     bits = torch.empty_like(out, dtype=torch.uint8) if are_spikes else out
     with torch.cuda.device_of(out):
         _weighted_sum[tiles.grid](
-            tuple(features), *_both(own, borrowed), out, bits, *tiles.sizes, borrowed is not None, are_spikes,
+            tuple(features), *_both(current, previous), out, bits, *tiles.sizes, previous is not None, are_spikes,
             **tiles.constants,
         )  # fmt: skip
     return out, (bits,) if are_spikes else tuple(features)
 
 
 def weighted_sum_backward(
-    grad: Tensor, own: Tensor, borrowed: Tensor | None, are_spikes: bool, kept: Sequence[Tensor], dtype: torch.dtype
+    grad: Tensor, current: Tensor, previous: Tensor | None, are_spikes: bool, kept: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Gradients of :func:`weighted_sum` for ``own``, ``borrowed`` and the features, these in ``dtype``."""
-    S, T, B, C = own.shape
+    """:func:`models.fast.loops.weighted_sum_backward`."""
+    S, T, B, C = current.shape
     tiles = _Tiles(kept[0])
     grad = _laid_out_as(grad, kept[0])
     grads = [torch.empty_like(kept[0], dtype=dtype) for _ in range(S)]
     of_pixels = triton.cdiv(tiles.pixels, tiles.constants["BLOCK_P"])
     in_a_part = min(of_pixels, _MOST_TILES_IN_A_PART)
     parts = triton.cdiv(of_pixels, in_a_part)
-    sums = own.new_zeros((1 if borrowed is None else 2, parts, S, T, B, C))
+    sums = current.new_zeros((1 if previous is None else 2, parts, S, T, B, C))
     with torch.cuda.device_of(grad):
         _weighted_sum_backward[(T * B * parts, tiles.grid[1])](
-            grad, *_both(own, borrowed), tuple(kept), tuple(grads), sums[0], sums[-1], *tiles.sizes, parts, in_a_part,
-            borrowed is not None, are_spikes, **tiles.constants,
+            grad, *_both(current, previous), tuple(kept), tuple(grads), sums[0], sums[-1], *tiles.sizes,
+            parts, in_a_part, previous is not None, are_spikes, **tiles.constants,
         )  # fmt: skip
-    grad_own, *grad_borrowed = sums.sum(1)
-    return grad_own, grad_borrowed[0] if grad_borrowed else None, grads
+    grad_current, *grad_previous = sums.sum(1)
+    return grad_current, grad_previous[0] if grad_previous else None, grads
 
 
-def _both(own: Tensor, borrowed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The weights for a kernel, which looks at the second only where it is told that there is one."""
-    own = own.contiguous()
-    return own, own if borrowed is None else borrowed.contiguous()
+def _both(current: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weights for a kernel; it reads the second only where ``has_previous`` is set."""
+    current = current.contiguous()
+    return current, current if previous is None else previous.contiguous()
 
 
 class _Tiles:
@@ -180,7 +162,7 @@ def _tile(C, P, of_b, of_c, of_p, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
 def _fire(
     y, scale, shift, first, spikes, counts, last,
     B, C, P, step, of_b, of_c, of_p,
-    keep: tl.constexpr, threshold: tl.constexpr, has_first: tl.constexpr,
+    decay: tl.constexpr, threshold: tl.constexpr, has_first: tl.constexpr,
     T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     b, c, begin, at, inside = _tile(C, P, of_b, of_c, of_p, BLOCK_P, BLOCK_C)
@@ -191,12 +173,13 @@ def _fire(
         v = tl.load(first + begin + at, mask=inside, other=0.0).to(v.dtype)
     for t in range(T):
         now = begin + tl.cast(step, tl.int64) * t
-        u = tl.load(y + now + at, mask=inside, other=0.0).to(v.dtype) * scale_c + shift_c + v * keep
+        u = tl.load(y + now + at, mask=inside, other=0.0).to(v.dtype) * scale_c + shift_c + v * decay
         fires = (u >= threshold) & inside
         v = tl.where(fires, 0.0, u)
         fired = fires.to(v.dtype)
         tl.store(spikes + now + at, fired.to(spikes.dtype.element_ty), mask=inside)
-        tl.atomic_add(counts + (t * B + b) * C + c, tl.sum(fired, 0), mask=c < C)
+        # Relaxed: any other order is a fence, which empties the L1 cache at every step.
+        tl.atomic_add(counts + (t * B + b) * C + c, tl.sum(fired, 0), mask=c < C, sem="relaxed")
     tl.store(last + begin + at, v, mask=inside)
 
 
@@ -204,7 +187,7 @@ def _fire(
 def _fire_backward(
     y, scale, shift, first, grad_spikes, grad_means, grad_last, grad, grad_first,
     B, C, P, step, of_b, of_c, of_p,
-    keep: tl.constexpr, gain: tl.constexpr, threshold: tl.constexpr, alpha: tl.constexpr,
+    decay: tl.constexpr, input_scale: tl.constexpr, threshold: tl.constexpr, alpha: tl.constexpr,
     has_first: tl.constexpr, has_spikes: tl.constexpr, has_means: tl.constexpr, has_last: tl.constexpr,
     T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -217,8 +200,8 @@ def _fire_backward(
     potentials = ()  # before the reset, of all steps, in registers
     for t in tl.static_range(T):
         now = begin + tl.cast(step, tl.int64) * t
-        u = tl.load(y + now + at, mask=inside, other=0.0).to(v.dtype) * scale_c + shift_c + v * keep
-        potentials = potentials + (u,)  # noqa: RUF005 (Triton knows no unpacking)
+        u = tl.load(y + now + at, mask=inside, other=0.0).to(v.dtype) * scale_c + shift_c + v * decay
+        potentials = potentials + (u,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no unpacking)
         v = tl.where(u >= threshold, 0.0, u)
     grad_v = tl.zeros([BLOCK_P, BLOCK_C], scale.dtype.element_ty)
     if has_last:
@@ -234,32 +217,32 @@ def _fire_backward(
             of_spike += (mean.to(of_spike.dtype) / P)[None, :]
         x = (u - threshold) * (1.5707963267948966 * alpha)
         of_u = of_spike * (alpha / 2) / (x * x + 1.0) + tl.where(u < threshold, grad_v, 0.0)
-        tl.store(grad + now + at, (of_u * gain).to(grad.dtype.element_ty), mask=inside)
-        grad_v = of_u * keep
+        tl.store(grad + now + at, (of_u * input_scale).to(grad.dtype.element_ty), mask=inside)
+        grad_v = of_u * decay
     tl.store(grad_first + begin + at, grad_v, mask=inside)
 
 
 @triton.jit
 def _weighted_sum(
-    features, own, borrowed, out, bits,
+    features, current, previous, out, bits,
     B, C, P, step, of_b, of_c, of_p,
-    has_borrowed: tl.constexpr, are_spikes: tl.constexpr,
+    has_previous: tl.constexpr, are_spikes: tl.constexpr,
     T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     b, c, begin, at, inside = _tile(C, P, of_b, of_c, of_p, BLOCK_P, BLOCK_C)
     for t in range(T):
         now = begin + tl.cast(step, tl.int64) * t
-        total = tl.zeros([BLOCK_P, BLOCK_C], own.dtype.element_ty)
+        total = tl.zeros([BLOCK_P, BLOCK_C], current.dtype.element_ty)
         spikes = tl.zeros([BLOCK_P, BLOCK_C], tl.int32)
         for s in tl.static_range(len(features)):
             weight = ((s * T + t) * B + b) * C + c
-            w = tl.load(own + weight, mask=c < C, other=0.0)[None, :]
+            w = tl.load(current + weight, mask=c < C, other=0.0)[None, :]
             f = tl.load(features[s] + now + at, mask=inside, other=0.0)
             total += w * f.to(total.dtype)
             if are_spikes:
                 spikes += (f != 0).to(tl.int32) << s
-            if has_borrowed:
-                w = tl.load(borrowed + weight, mask=c < C, other=0.0)[None, :]
+            if has_previous:
+                w = tl.load(previous + weight, mask=c < C, other=0.0)[None, :]
                 f = tl.load(features[s] + (now - step) + at, mask=inside & (w != 0), other=0.0)
                 total += w * f.to(total.dtype)
         tl.store(out + now + at, total.to(out.dtype.element_ty), mask=inside)
@@ -269,9 +252,9 @@ def _weighted_sum(
 
 @triton.jit
 def _weighted_sum_backward(
-    grad, own, borrowed, kept, grads, own_sums, borrowed_sums,
+    grad, current, previous, kept, grads, current_sums, previous_sums,
     B, C, P, step, of_b, of_c, of_p, parts, in_a_part,
-    has_borrowed: tl.constexpr, are_spikes: tl.constexpr,
+    has_previous: tl.constexpr, are_spikes: tl.constexpr,
     T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) % parts
@@ -282,12 +265,12 @@ def _weighted_sum_backward(
     for s in tl.static_range(len(grads)):
         weight = ((s * T + t) * B + b) * C + c
         sums = part * len(grads) * T * B * C
-        w = tl.load(own + weight, mask=c < C, other=0.0)[None, :]
-        total = tl.zeros([BLOCK_P, BLOCK_C], own.dtype.element_ty)
-        next_w = tl.zeros([1, BLOCK_C], own.dtype.element_ty)
-        next_total = tl.zeros([BLOCK_P, BLOCK_C], own.dtype.element_ty)
-        if has_borrowed:
-            next_w = tl.load(borrowed + weight + B * C, mask=(c < C) & (t + 1 < T), other=0.0)[None, :]
+        w = tl.load(current + weight, mask=c < C, other=0.0)[None, :]
+        total = tl.zeros([BLOCK_P, BLOCK_C], current.dtype.element_ty)
+        next_w = tl.zeros([1, BLOCK_C], current.dtype.element_ty)
+        next_total = tl.zeros([BLOCK_P, BLOCK_C], current.dtype.element_ty)
+        if has_previous:
+            next_w = tl.load(previous + weight + B * C, mask=(c < C) & (t + 1 < T), other=0.0)[None, :]
         for i in range(in_a_part):
             p = (part * in_a_part + i) * BLOCK_P + tl.arange(0, BLOCK_P)
             at = p[:, None] * of_p + c[None, :] * of_c
@@ -299,11 +282,11 @@ def _weighted_sum_backward(
             g = tl.load(grad + now + at, mask=inside, other=0.0).to(total.dtype)
             total += g * f
             of_feature = g * w
-            if has_borrowed:
+            if has_previous:
                 g = tl.load(grad + (now + step) + at, mask=inside & (next_w != 0), other=0.0).to(total.dtype)
                 next_total += g * f
                 of_feature += g * next_w
             tl.store(grads[s] + now + at, of_feature.to(grads[s].dtype.element_ty), mask=inside)
-        tl.store(own_sums + sums + weight, tl.sum(total, 0), mask=c < C)
-        if has_borrowed:
-            tl.store(borrowed_sums + sums + weight + B * C, tl.sum(next_total, 0), mask=(c < C) & (t + 1 < T))
+        tl.store(current_sums + sums + weight, tl.sum(total, 0), mask=c < C)
+        if has_previous:
+            tl.store(previous_sums + sums + weight + B * C, tl.sum(next_total, 0), mask=(c < C) & (t + 1 < T))

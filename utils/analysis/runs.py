@@ -33,18 +33,22 @@ def read_metrics(run: Path) -> dict[str, list[float]]:
     return columns
 
 
-def read_json(run: Path, name: str) -> dict[str, Any]:
-    """``args.json`` or ``evaluation.json`` of a run.
+def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
+    """A JSON object that a script wrote.
+
+    Args:
+        path: ``args.json``, ``evaluation.json``, ...
+        needed: False gives an empty dictionary where the file does not exist.
 
     Raises:
-        UserError: it is not there or damaged.
+        UserError: it is missing, or no JSON object.
     """
+    if not needed and not path.exists():
+        return {}
     try:
-        content = json.loads((run / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{run / name} cannot be read ({error}); give the --output-dir of a run that is finished"
-        ) from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"file {path} cannot be read ({error}); give the file of a finished run") from error
     if not isinstance(content, dict):
-        raise UserError(f"{run / name} is not what a run writes; give the --output-dir of a run that is finished")
+        raise UserError(f"file {path} holds no JSON object; give the file of a finished run")
     return content

@@ -258,11 +258,13 @@ def _check_rule(job: Job) -> None:
 
 
 def flip_and_shift(frames: Tensor, generator: torch.Generator, flip: bool = True, most: int = 5) -> Tensor:
-    """Mirror left and right with probability 0.5, then move by up to ``most`` pixels in x and y, filled with 0.
+    """Mirror left and right with probability 0.5, then move in x and y by ``round(u)`` pixels, filled with 0.
 
-    The same for all frames of a sample, ``[T, 2, H, W]``, of any type. Source: the published CIFAR10-DVS recipe.
+    ``u`` is uniform in ``[-most, most]``, so the two largest moves have half the probability of each other one. The
+    same for all frames of a sample, ``[T, 2, H, W]``, of any type. Source: the published CIFAR10-DVS recipe.
     """
-    mirrored, (dx, dy) = torch.rand(1, generator=generator), torch.randint(-most, most + 1, (2,), generator=generator)
+    mirrored = torch.rand(1, generator=generator)
+    dx, dy = torch.empty(2).uniform_(-most, most, generator=generator).round().tolist()
     if flip and mirrored < 0.5:
         frames = transforms.horizontal_flip(frames)
     (to_y, from_y), (to_x, from_x) = _moved(int(dy)), _moved(int(dx))

@@ -64,8 +64,9 @@ def make_loaders(
     seed: int,
     process: Process,
     collate: Callable[[list], Any] | None = None,
+    drop_last: bool = True,
 ) -> tuple[DataLoader | None, DataLoader]:
-    """Loaders of training (shuffled by seed and epoch, incomplete batches dropped) and test batches of this process.
+    """Loaders of training (shuffled by seed and epoch) and test batches of this process.
 
     Call :func:`set_epoch` before every training epoch.
 
@@ -73,9 +74,11 @@ def make_loaders(
         data: has ``train`` (None where only an evaluation is wanted) and ``test``.
         batch_size: of this process.
         collate: list of samples to a batch; torch's where it is None.
+        drop_last: leave out the last training batch where it is smaller. Without, every process takes it, and up to
+            ``world_size - 1`` samples are drawn twice so that all processes have as many.
 
     Raises:
-        UserError: there is no complete training batch for every process.
+        UserError: there is no training batch for every process.
     """
     common = {
         "batch_size": batch_size,
@@ -89,14 +92,15 @@ def make_loaders(
     test_batches = _Loader(data.test, sampler=_Shard(len(data.test), process), generator=own, **common)
     if data.train is None:
         return None, test_batches
-    needed = batch_size * process.world_size
+    needed = (batch_size if drop_last else 1) * process.world_size
     if len(data.train) < needed:
         raise UserError(
-            f"--batch-size: a step takes {needed} training samples ({batch_size} for each of {process.world_size} "
-            f"process(es)) and there are {len(data.train)}; use a smaller one"
+            f"--batch-size: a step takes at least {needed} training samples ({needed // process.world_size} for each "
+            f"of {process.world_size} process(es)) and there are {len(data.train)}; use a smaller batch or fewer "
+            "processes"
         )
-    sampler = _Shuffled(data.train, process.world_size, process.rank, seed=seed, drop_last=True)
-    return _Loader(data.train, sampler=sampler, drop_last=True, **common), test_batches
+    sampler = _Shuffled(data.train, process.world_size, process.rank, seed=seed, drop_last=drop_last)
+    return _Loader(data.train, sampler=sampler, drop_last=drop_last, **common), test_batches
 
 
 def set_epoch(loader: DataLoader, epoch: int, step: int = 0) -> None:
