@@ -430,7 +430,7 @@ _FITS = {
 def _is_finite(value: Any) -> bool:
     """Whether all floating-point tensors in nested containers are finite."""
     found = [one.isfinite().all() for one in _tensors(value) if one.is_floating_point() and one.numel()]
-    by_device = {one.device: [] for one in found}
+    by_device: dict[torch.device, list[Tensor]] = {one.device: [] for one in found}
     for one in found:
         by_device[one.device].append(one)
     return all(bool(torch.stack(some).all()) for some in by_device.values())  # one wait for a device
