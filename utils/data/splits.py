@@ -129,7 +129,7 @@ def changes(before: str, now: str) -> list[str]:
         elif old[name] != new[name] and _UNKNOWN not in (old[name], new[name]):
             events = [checksum.partition(":")[0] for checksum in (old[name], new[name])]
             if events[0] != events[1]:
-                found.append(f"{name} has other events")
+                found.append(f"{name} has other contents")
             elif ":" in old[name] and ":" in new[name]:
                 found.append(f"{name} has other frames of the same events")
     return found
