@@ -15,7 +15,7 @@ from utils.data.splits import Split
 from utils.data.store import Store
 from utils.errors import UserError
 from utils.prepare.datasets import DataSet, frames_name
-from utils.prepare.frames import Facts
+from utils.prepare.frames import Facts, Record
 from utils.prepare.recordings import Recording
 
 __all__ = ["Job"]
@@ -52,6 +52,7 @@ class Job:
     recordings: list[Recording] = field(default_factory=list)
     events: Folder = field(default_factory=lambda: Folder(Path()))
     frames: Folder = field(default_factory=lambda: Folder(Path()))
+    known: Record = field(default_factory=dict)  # from earlier looks at the frames
     facts: dict[str, Facts] = field(default_factory=dict)  # of whole frames
     bad: list[BadFile] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)  # of what was read, by kind
@@ -74,6 +75,11 @@ class Job:
     def recordings_dir(self) -> Path:
         """Where the recordings lie."""
         return self.data_dir / "extract" / self.about.recordings
+
+    @property
+    def record(self) -> Path:
+        """Where it is written down what is known of the frames."""
+        return self.data_dir / f".checked_T{self.T}_{self.about.sensor[0]}x{self.about.sensor[1]}"
 
     @property
     def writable(self) -> bool:
