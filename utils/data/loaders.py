@@ -98,7 +98,7 @@ def make_loaders(
     needed = (batch_size if drop_last else 1) * process.world_size
     if len(data.train) < needed:
         raise UserError(
-            f"--batch-size: a step takes at least {needed} training samples ({needed // process.world_size} for each "
+            f"--batch-size: a step takes {'' if drop_last else 'at least '}{needed} training samples ({needed // process.world_size} for each "
             f"of {process.world_size} process(es)) and there are {len(data.train)}; use a smaller batch or fewer "
             "processes"
         )
