@@ -99,8 +99,8 @@ def make_loaders(
     if len(data.train) < needed:
         share = f"{needed // process.world_size} for each of {process.world_size} process(es)"
         raise UserError(
-            f"--batch-size: a step takes {'' if drop_last else 'at least '}{needed} training samples ({share}) and there "
-            f"are {len(data.train)}; use a smaller batch or fewer processes"
+            f"--batch-size: a step takes {'' if drop_last else 'at least '}{needed} training samples ({share}) and "
+            f"there are {len(data.train)}; use a smaller batch or fewer processes"
         )
     sampler = _Shuffled(data.train, process.world_size, process.rank, seed=seed, drop_last=drop_last)
     return _Loader(data.train, sampler=sampler, drop_last=drop_last, **common), test_batches
