@@ -14,6 +14,7 @@ Reported by the authors on 10 GPUs (not measured here): 77.1 % top-1 with SMA-AZ
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -89,11 +90,11 @@ def main() -> None:
         if args.channels_last:
             to_channels_last(net)
         prepare = normalized(args.channels_last)
-        test_form = {"criterion": cross_entropy(), "device": run.device, "prepare": prepare, "top": 5}
-        test_form |= {"amp": args.eval_amp}
+        test_loss = cross_entropy()
+        test_on = partial(evaluate, criterion=test_loss, device=run.device, prepare=prepare, top=5, amp=args.eval_amp)
 
         if args.evaluate:
-            run.report(evaluate(net, run.watch(test_batches, "test"), **test_form))
+            run.report(test_on(net, run.watch(test_batches, "test")))
             return
 
         optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
@@ -113,11 +114,11 @@ def main() -> None:
                 trained, run.watch(train_batches, "train"), train_loss, optimizer, scaler, run.device, args.amp,
                 mixup or prepare, args.micro_batches, run.progress,
             )  # fmt: skip
-            test = evaluate(evaluated, run.watch(test_batches, "test"), **test_form)
+            test = test_on(evaluated, run.watch(test_batches, "test"))
             scheduler.step()
             run.save(train, test)
 
-        run.finish(evaluate(evaluated, run.watch(test_batches, "test"), **test_form))
+        run.finish(test_on(evaluated, run.watch(test_batches, "test")))
 
 
 if __name__ == "__main__":

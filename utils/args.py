@@ -115,13 +115,13 @@ class Settings:
                 continue
             default = one.shown if one.shown is not None else words(self.published[one.name])
             text = f"{one.help} (default: {default})" if default else one.help
-            keywords = {"type": one.parse} if one.parse else {}
+            keywords: dict[str, Any] = {"type": one.parse} if one.parse else {}
             flags = sorted(one.flags.split(), key=lambda flag: (flag.startswith("--"), flag != one.flag))
             groups[one.group].add_argument(*flags, dest=one.name, help=text, **keywords, **(one.parser or {}))
         known = {flag for one in self.table for flag in one.flags.split()}
         for flag, advice in _GONE.items():
             if flag not in known:
-                parser.add_argument(flag, action=partial(_Gone, advice=advice), help=argparse.SUPPRESS)
+                parser.add_argument(flag, action=_Gone, nargs="?", const=advice, help=argparse.SUPPRESS)
         return parser
 
     def parse(self, description: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -179,12 +179,8 @@ _GONE = {
 
 
 class _Gone(argparse.Action):
-    def __init__(self, *args: Any, advice: str, **keywords: Any):
-        super().__init__(*args, nargs="?", **keywords)
-        self.advice = advice
-
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        parser.error(f"{self.option_strings[0]} {self.advice}")
+        parser.error(f"{self.option_strings[0]} {self.const}")
 
 
 def whole(least: int, most: int = int(_LARGEST)) -> Callable[[str], int]:

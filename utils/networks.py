@@ -105,7 +105,7 @@ def _of_ms_resnet(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Of an SMA-MS-ResNet; empty where these are not the weights of one."""
     first, last = weights.get("conv1.0.weight"), weights.get("fc.weight")
     stages = [len({name.split(".")[1] for name in weights if name.startswith(f"conv{n}_x.")}) for n in range(2, 6)]
-    nets = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34", (3, 8, 32, 8): "resnet104"}
+    nets: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34", (3, 8, 32, 8): "resnet104"}
     if first is None or last is None or tuple(stages) not in nets:
         return {}
     suffix = ".residual_function.2.T_before_attention_conv.weight"

@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,29 @@ from utils.distributed import Process, start
 from utils.engine import Progress
 from utils.errors import StopRequested, user_input
 from utils.facts import facts_of_run, header, training_facts
-from utils.logger import RunLog, check_output, evaluation_in_words, print_header, progress_bar, write_json
+from utils.logger import (
+    RunLog,
+    check_output,
+    evaluation_in_words,
+    one_run,
+    print_header,
+    progress_bar,
+    write_json,
+)
 from utils.signals import StopSignal
 
 __all__ = ["Run", "start_run"]
+
+
+@dataclass
+class _Training:
+    """What a run that trains has, and an evaluation has not."""
+
+    checkpoints: Checkpoints
+    log: RunLog
+    optimizer: torch.optim.Optimizer
+    done: int  # epochs
+    lr: float = 0.0  # of the epoch
 
 
 class Run:
@@ -50,10 +70,8 @@ class Run:
         self.progress = Progress(process.device, agree=self.stop.agree)
         self.facts: dict[str, Any] = {}
         self._manifest: str | None = None
-        self._checkpoints: Checkpoints | None = None
-        self._log: RunLog | None = None
         self._azo: AZORecord | None = None
-        self._done, self._optimizer = 0, None
+        self._training: _Training | None = None  # None in an evaluation
         self._began = self._epoch_began = time.monotonic()
 
     def describe(self, net: nn.Module, data: EventData | ImageData, data_set: str) -> None:
@@ -85,7 +103,7 @@ class Run:
     def watch(self, batches: DataLoader, what: str) -> Iterable:
         """The batches under a progress bar; a signal stops the run after the step that is being computed."""
         done = self.progress.step if what == "train" else 0
-        epoch = "" if self._checkpoints is None else f" {self.progress.epoch}/{self.args.epochs}"
+        epoch = "" if self._training is None else f" {self.progress.epoch}/{self.args.epochs}"
         return self.stop.watch(progress_bar(batches, f"{what}{epoch}", self.process, done=done))
 
     def resume(self, net: nn.Module, optimizer: torch.optim.Optimizer, **parts: Any) -> None:
@@ -104,40 +122,43 @@ class Run:
         recipe |= {"split_fingerprint": split["fingerprint"], "samples": split["contents"]}
         checkpoints = Checkpoints(
             args.output_dir, recipe, self.process, net, self.progress, args.keep_every, self.facts,
-            optimizer=optimizer, azo=self._azo, **parts,
+            self._manifest, optimizer=optimizer, azo=self._azo, **parts,
         )  # fmt: skip
-        checkpoints.manifest = self._manifest
-        self._done, self._optimizer = checkpoints.resume(args.resume), optimizer
-        self._checkpoints = checkpoints
-        if self.process.is_first and (self._done or self.progress.step):
-            print(f"continuing after epoch {self._done}, step {self.progress.step} of the next", flush=True)
-        self._log = RunLog(args.output_dir, self.process, args.log_dir, self._azo)
+        self._until_the_end.enter_context(one_run(args.output_dir, self.process))
+        done = checkpoints.resume(args.resume)
+        if self.process.is_first and (done or self.progress.step):
+            print(f"continuing after epoch {done}, step {self.progress.step} of the next", flush=True)
+        log = RunLog(args.output_dir, self.process, args.log_dir, self._azo)
         earlier = None if args.resume in ("auto", "never") else Path(args.resume).parent
-        self._log.open(vars(args), self.facts, self._done, self._manifest, earlier)
+        log.open(vars(args), self.facts, done, self._manifest, earlier)
+        self._training = _Training(checkpoints, log, optimizer, done)
 
     def epochs(self, train_batches: DataLoader) -> Iterator[int]:
         """The numbers of the epochs that are left, from 1; the batches of each are in its own order."""
+        assert self._training is not None, "call resume() first"
         self._until_the_end.enter_context(self.stop)  # not before: until now a signal ends the program at once
-        for epoch in range(self._done + 1, self.args.epochs + 1):
+        for epoch in range(self._training.done + 1, self.args.epochs + 1):
             self.progress.epoch = epoch
             self._epoch_began = time.monotonic() - self.progress.seconds
-            self._lr = self._optimizer.param_groups[0]["lr"]
+            self._training.lr = self._training.optimizer.param_groups[0]["lr"]
             set_epoch(train_batches, epoch, self.progress.step)
             yield epoch
 
     def save(self, train: Mapping[str, float], test: Mapping[str, float]) -> None:
         """Save the checkpoint of a finished epoch, then report it."""
+        assert self._training is not None, "call resume() first"
         epoch, seconds = self.progress.epoch, time.monotonic() - self._epoch_began
-        self._checkpoints.save(epoch, test["acc1"])
-        self._done = epoch
-        self._log.epoch(epoch, self.args.epochs, train, test, self._lr, seconds)
+        self._training.checkpoints.save(epoch, test["acc1"])
+        self._training.done = epoch
+        self._training.log.epoch(epoch, self.args.epochs, train, test, self._training.lr, seconds)
 
     def finish(self, final: Mapping[str, Any]) -> None:
         """Report the final epoch, and which epoch was best, and say which is which."""
-        self._log.close()
+        assert self._training is not None, "call resume() first"
+        self._training.log.close()
         if not self.process.is_first:
             return
-        args, best, split = self.args, self._checkpoints.best, self.facts["split"]["fingerprint"]
+        args, best, split = self.args, self._training.checkpoints.best, self.facts["split"]["fingerprint"]
         selection = {"epoch": args.epochs, "selection": "final", "seed": args.seed, "best": best}
         write_json(args.output_dir / "evaluation.json", {**final, **selection, **self.facts})
         print(f"final epoch: {evaluation_in_words(final)}  split {split}")
@@ -159,9 +180,9 @@ class Run:
 
     def save_inside(self) -> None:
         """Save the epoch that a signal stops."""
-        if self._checkpoints is not None:
+        if self._training is not None:
             self.progress.seconds = time.monotonic() - self._epoch_began
-            self._checkpoints.save_inside(self._done)
+            self._training.checkpoints.save_inside(self._training.done)
 
 
 @contextmanager

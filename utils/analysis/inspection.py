@@ -51,7 +51,7 @@ class Inspected:
 
 def add_inspection(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a network and its data; those not given are absent from the result."""
-    unset = {"default": argparse.SUPPRESS}
+    unset: dict[str, Any] = {"default": argparse.SUPPRESS}
     add = parser.add_argument_group("network and data").add_argument
     add("--weights", type=Path, required=True, metavar="FILE", help="released or own: network, T, ... are in it")
     add("--data-dir", type=Path, metavar="DIR", help="folder of the data set (default: that of the run)", **unset)
