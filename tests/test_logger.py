@@ -81,12 +81,26 @@ def test_a_log_that_cannot_be_written_is_one_sentence_in_every_process(tmp_path,
         second.epoch(1, 9, TRAIN, TEST, 0.1, 1.0)
 
 
-@pytest.mark.parametrize("top", [{}, {"acc5": 100.0, "correct5": 50000}])
-def test_the_line_of_an_epoch_fits_100_columns(top, tmp_path, capsys):
-    train, test = {"loss": 12.3456, "acc1": 100.0, "skips": 0}, {"loss": 12.3456, "acc1": 100.0, "correct": 50000}
-    opened(tmp_path, 299).epoch(300, 300, train, {**test, "count": 50000, **top}, 0.0000123, 12345.6)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("epoch 300/300  train 100.00 % loss 12.3456  test 100.00 % ") and len(line) <= 100, len(line)
+@pytest.mark.parametrize(
+    ("epochs", "train", "test", "lr"),
+    [
+        (300, (100.0, 4.6151), {"acc1": 99.89, "correct": 870, "count": 871, "loss": 4.6151}, 0.000997),  # N-Caltech101
+        (200, (76.54, 6.9078), {"acc1": 77.12, "acc5": 93.45, "loss": 6.9078}, 0.0000987),  # ImageNet
+    ],
+)
+def test_the_longest_line_of_an_epoch_fits_100_columns(epochs, train, test, lr, tmp_path, capsys):
+    train = {"acc1": train[0], "loss": train[1], "skips": 25}
+    opened(tmp_path, epochs - 1).epoch(epochs, epochs, train, test, lr, 12345.6)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"epoch {epochs}/{epochs}  train ") and lines[0].endswith("  12346 s")
+    assert max(map(len, lines)) <= 100, lines
+
+
+def test_the_line_of_an_epoch(tmp_path, capsys):
+    test = {"acc1": 75.0, "correct": 66, "count": 88, "loss": 0.0473}
+    opened(tmp_path, 2).epoch(3, 20, {"acc1": 71.59, "loss": 0.0512, "skips": 0}, test, 0.003, 2.14)
+    expected = "epoch 3/20  train 71.59 % loss 0.0512  test 75.00 % (66/88) loss 0.0473  lr 0.003  2.1 s\n"
+    assert capsys.readouterr().out == expected
 
 
 def test_a_value_that_is_not_finite_becomes_null(tmp_path):
