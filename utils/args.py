@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from utils.checkpoint import read_weights
+from utils.distributed import processes_here
 from utils.errors import SentenceParser, UserError
 
 __all__ = [
@@ -121,7 +122,7 @@ def add_run(parser: ScriptParser, name: str) -> None:
     add("--eval-amp", choices=("fp16", "bf16", "off"), help="mixed precision in evaluation", default="off")
     add("--backend", choices=("auto", "cupy", "torch"), help="of the neurons", default="auto")
     add("--num-workers", type=whole(0), metavar="N", help="loader processes", default="the cores, at most 8")
-    add("--local-rank", "--local_rank", type=whole(0), metavar="N", help="set by older launchers")
+    add("--local-rank", "--local_rank", type=whole(-1), metavar="N", help="set by older launchers; -1: no launcher")
 
 
 def complete(args: argparse.Namespace, data_set: str, run: str) -> None:
@@ -208,7 +209,7 @@ def words(value: object) -> str:
 def _workers() -> int:
     """Loader processes: the cores that this process may use, shared with the other processes of this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(_MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(_MOST_WORKERS, cores // processes_here())
 
 
 def _number(text: str, convert: Callable[[str], float], allowed: Callable[[float], bool], needed: str) -> Any:

@@ -74,6 +74,7 @@ class RunLog:
                 self._open(args, facts, epochs_done, split)
 
     def _open(self, args: dict[str, Any], facts: dict[str, Any], epochs_done: int, split: str | None) -> None:
+        _check_utf8(f"--log-dir {self.log_dir}")
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not for --help and evaluation
 
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -189,6 +190,7 @@ def check_output(directory: Path) -> None:
     Raises:
         UserError: it cannot be used.
     """
+    _check_utf8(f"--output-dir {directory}")
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         reason = "may not be written to" if existing.is_dir() else "is a file"
@@ -227,3 +229,13 @@ def write_evaluation(directory: Path, process: Process, result: dict[str, Any], 
 def _of_split(split: str | None) -> str:
     """The end of a line with a result on event data."""
     return f"  split: {split}" if split else ""
+
+
+def _check_utf8(argument: str) -> None:
+    """TensorBoard takes no other names."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{argument} has a name that is not UTF-8, or the locale is not; choose another name, or set LC_ALL=C.UTF-8"
+        ) from error
