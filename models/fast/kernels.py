@@ -71,14 +71,14 @@ def fire_backward(
 def weighted_sum(
     features: Sequence[Tensor], current: Tensor, previous: Tensor | None, are_spikes: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """:func:`models.fast.loops.weighted_sum` for at most ``most_scales`` features; the sum has their type.
+    """:func:`models.fast.loops.weighted_sum` for at most ``most_scales`` features.
 
     For the backward pass it returns one byte for the spikes of all scales.
     """
     first = features[0] if _is_channels_last(features[0]) else features[0].contiguous()
     features = [_laid_out_as(f, first) for f in features]
     tiles = _Tiles(features[0])
-    out = torch.empty_like(features[0])
+    out = torch.empty_like(features[0], dtype=torch.promote_types(current.dtype, features[0].dtype))
     bits = torch.empty_like(out, dtype=torch.uint8) if are_spikes else out
     with torch.cuda.device_of(out):
         _weighted_sum[tiles.grid](

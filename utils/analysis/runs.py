@@ -14,8 +14,8 @@ from utils.logger import COLUMNS
 __all__ = ["read_metrics", "read_run_file"]
 
 _FIELDS: dict[str, Fields] = {
-    "args.json": {"args": dict, "data": (str, None)},
-    "evaluation.json": {"acc1": float, "count": int},
+    "args.json": {"args": dict, "data": dict, "split": dict, "batch": dict},
+    "evaluation.json": {"acc1": float, "count": int, "selection": (str, None)},
 }
 
 

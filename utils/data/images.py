@@ -26,6 +26,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from utils.data.loaders import sample_seed
+from utils.data.splits import SplitInfo
 from utils.errors import DataError, UserError
 
 __all__ = [
@@ -147,11 +148,14 @@ def _torchcodec_decoder() -> Callable:
 
 @dataclass(frozen=True)
 class ImageData:
-    """Photographs ready for training: what is in them, and in words where they come from."""
+    """Photographs ready for training: what is in them, and where they come from."""
 
     train: ImageSet | None
     test: ImageSet
     title: str
+    official: bool  # ImageNet-1K, all of its test images
+    frame_size: tuple[int, int]  # of the test crop
+    manifest: None = None  # the folders are the split
 
     @property
     def classes(self) -> list[str]:
@@ -167,6 +171,14 @@ class ImageData:
                 digest.update(f"{images.classes[label]}/{os.path.basename(path)}\n".encode())
             digest.update(b"\n")
         return digest.hexdigest()[:8]
+
+    @property
+    def info(self) -> SplitInfo:
+        """The split in values."""
+        found = self.fingerprint
+        train = len(self.train) if self.train is not None else 0
+        return SplitInfo("folders", None, None, found, found, train, len(self.test), len(self.classes), 0,
+                         self.official, demo=False)  # fmt: skip
 
 
 def load_image_data(
@@ -208,8 +220,10 @@ def load_image_data(
                     f"class {unpaired[0]}{others} of {one.folder} {verb} not in {other.folder}; the labels are the "
                     "ranks of the sorted names, so both folders need the same classes"
                 )
-    whole = len(test.classes) == _IMAGENET_CLASSES and len(test) == _IMAGENET_TEST
-    return ImageData(train, test, "ImageNet-1K" if whole else f"{data_dir.resolve().name} (not the whole ImageNet-1K)")
+    official = len(test.classes) == _IMAGENET_CLASSES and len(test) == _IMAGENET_TEST
+    crop = test_crop or image_size
+    title = "ImageNet-1K" if official else f"{data_dir.resolve().name} (not all of ImageNet-1K)"
+    return ImageData(train, test, title, official, (crop, crop))
 
 
 def _test_folder(data_dir: Path) -> Path:
