@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from utils.analysis.azo_record import AZORecord
 from utils.args import plain, words
-from utils.distributed import Process, fail_together, gather
+from utils.distributed import Process, fail_together
 from utils.errors import UserError
 from utils.files import occupy, read_text, replacing, write_text, writing
 
@@ -140,16 +140,14 @@ class RunLog:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Where the first process cannot write, all processes stop with one message."""
-        problem = None
-        try:
-            yield
-        except OSError as error:
-            problem = (
-                f"the log in --output-dir {self.directory} cannot be written: {error.strerror or error}; make room, "
-                "and the same command continues after the last saved epoch, or choose another --output-dir"
-            )
-        if problem := gather(problem)[0]:
-            raise UserError(problem)
+        with fail_together():
+            try:
+                yield
+            except OSError as error:
+                raise UserError(
+                    f"the log in --output-dir {self.directory} cannot be written: {error.strerror or error}; make "
+                    "room, and the same command continues after the last saved epoch, or choose another --output-dir"
+                ) from error
 
 
 def print_header(lines: Mapping[str, str], deviations: Mapping[str, tuple[Any, Any]]) -> None:
