@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from models.sma import SMA
 from utils.errors import UserError
-from utils.files import partial_of
+from utils.files import replacing
 
 __all__ = ["AZORecord", "read_azo_record"]
 
@@ -81,9 +80,8 @@ class AZORecord:
         path = run / FOLDER / f"epoch_{epoch:04}.npz"
         path.parent.mkdir(exist_ok=True)
         counts = {name: count.cpu().numpy() for name, count in self._counts.items()}
-        with partial_of(path).open("wb") as file:
+        with replacing(path) as file:
             np.savez_compressed(file, **counts, **{_BATCHES: max(self._batches.values()), _KERNELS: self._kernels})
-        os.replace(partial_of(path), path)
         for name, count in self._counts.items():
             count.zero_()
             self._batches[name] = 0

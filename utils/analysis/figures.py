@@ -8,7 +8,6 @@ colour-blind, and it has one colour scale.
 from __future__ import annotations
 
 import contextlib
-import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
 from utils.errors import UserError
-from utils.files import partial_of, writing
+from utils.files import replacing, writing
 from utils.pictures import colours
 
 __all__ = ["draw_attention", "draw_azo", "draw_curves", "draw_frames", "draw_spikes", "save", "style"]
@@ -60,8 +59,8 @@ def save(figure: Figure, path: Path) -> None:
     """
     with style(), writing(f"figure {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial_of(path), format="png", dpi=DPI)
-        os.replace(partial_of(path), path)
+        with replacing(path) as file:
+            figure.savefig(file, format="png", dpi=DPI)
 
 
 def _figure(height: float, width: float = WIDTH, layout: str = "constrained") -> Figure:
