@@ -38,6 +38,7 @@ RECIPE = {
     "weight_decay": 0.0,  # of NAdam
     "momentum_decay": 1e-3,
     "seed": 3402,
+    "split": "random",
     "split_seed": 3402,
 }
 # What --demo changes: small enough to learn in minutes on a CPU.

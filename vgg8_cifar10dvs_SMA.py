@@ -37,6 +37,7 @@ RECIPE = {
     "lr": 1e-3,
     "weight_decay": 0.0,  # of Adam
     "seed": 3404,
+    "split": "random",
     "split_seed": 3404,
     "flip": True,
 }
