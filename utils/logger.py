@@ -103,12 +103,13 @@ class RunLog:
                 self._write_epoch(epoch, train, test, lr, seconds)
         if not self.process.is_first:
             return
-        second = f"top-5 {test['acc5']:.2f} %" if "acc5" in test else f"({test['correct']}/{test['count']})"
-        skips = f"  {train['skips']} step(s) skipped by the fp16 scaler" if train["skips"] else ""
+        second = f"top5 {test['acc5']:.2f} %" if "acc5" in test else f"({test['correct']}/{test['count']})"
         line = (
-            f"epoch {epoch}/{epochs}  train {train['acc1']:.2f} % loss {train['loss']:.4f}  "
-            f"test {test['acc1']:.2f} % {second} loss {test['loss']:.4f}  lr {lr:.3g}  {seconds:.1f} s{skips}"
+            f"epoch {epoch}/{epochs}  train {train['acc1']:.2f} % loss {train['loss']:.4f}  test {test['acc1']:.2f} % "
+            f"{second} loss {test['loss']:.4f}  lr {lr:.2g}  {seconds:.{1 if seconds < 100 else 0}f} s"
         )
+        if train["skips"]:
+            line += f"\n  {train['skips']} step(s) skipped by the fp16 scaler"
         tqdm.write(line, file=sys.stdout)  # a line of its own, whatever the progress bar left
         sys.stdout.flush()
 

@@ -108,7 +108,6 @@ def load_inspected(args: argparse.Namespace, process: Process) -> Inspected:
     lines = {
         "weights": str(args.weights),
         "network": f"{TITLES[name]}, SMA in blocks {words(net.sma_blocks)}, width {keywords['width']:g}",
-        "AZO": "training only" if recipe.get("AZO") else "",
         **training_in_words(training_facts(known)),
         "data": data.title,
         "split": split_in_words(asdict(data.info)),
