@@ -32,11 +32,11 @@ from typing import Any
 if not __package__:  # run as a file: the modules of the repository are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.analysis.runs import read_json, read_metrics
+from utils.analysis.runs import read_metrics, read_run_file
 from utils.analysis.tables import markdown_table
 from utils.args import words
 from utils.errors import SentenceParser, UserError, exit_with_sentence
-from utils.files import write_text, writing
+from utils.files import check_fields, write_text, writing
 from utils.logger import check_output
 
 __all__ = ["Group", "Run", "differences", "group_runs", "make_parser", "read_run", "sampling_error", "to_markdown"]
@@ -87,8 +87,9 @@ def read_run(path: Path) -> Run:
     Raises:
         UserError: something of it is missing, or it is not finished.
     """
-    described, metrics = read_json(path / "args.json"), read_metrics(path)
-    evaluation = read_json(path / "evaluation.json")
+    described, metrics = read_run_file(path, "args.json"), read_metrics(path)
+    check_fields(described["args"], {"epochs": int, "seed": int}, path / "args.json", "a finished run")
+    evaluation = read_run_file(path, "evaluation.json")
     accuracy = metrics["test_acc1"]
     try:
         settings = {**described["args"], "global batch": described["batch"]["global"]}

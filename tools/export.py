@@ -15,12 +15,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +29,13 @@ if not __package__:  # run as a file: the modules of the repository are one fold
 
 from models import VGG8
 from models.neurons import reset_net
-from utils.analysis.runs import read_json
 from utils.args import size
+from utils.checked import write_checked
 from utils.checkpoint import put_weights, read_weights
 from utils.errors import SentenceParser, UserError, exit_with_sentence, user_input
 from utils.exported import checksum_file, sha256_of, write_exported
 from utils.facts import training_facts, training_in_words
-from utils.files import partial_of, write_checked, writing
+from utils.files import Fields, read_json, replacing, writing
 from utils.networks import build_network, describe_network
 from utils.versions import versions
 
@@ -98,10 +97,10 @@ def export_program(args: argparse.Namespace) -> None:
     facts = {**{name: known[name] for name in _OF_A_RUN if name in known}, "input": shape}
     content = io.BytesIO()  # torch aborts the process where it cannot write to a file
     torch.export.save(program, content, extra_files={"sma.json": json.dumps(facts)})
-    with writing(f"--output {args.output}"):
-        partial_of(args.output).write_bytes(content.getbuffer())
-        difference = _difference(net, partial_of(args.output), height_width)
-        os.replace(partial_of(args.output), args.output)
+    with writing(f"--output {args.output}"), replacing(args.output) as file:
+        file.write(content.getbuffer())
+        file.seek(0)
+        difference = _difference(net, file, height_width)
     print(f"{args.output}: input {shape}; largest difference of its logits from the network's: {difference:g}")
 
 
@@ -110,11 +109,11 @@ def _known_of_run(path: Path, known: Mapping[str, Any], evaluation: Path | None)
     trained = training_facts(known)
     if known.get("accuracy") and evaluation is None:
         return trained
-    found = read_json(evaluation or path.with_name(f"evaluation_of_{path.stem}.json"), needed=evaluation is not None)
+    found = _read_evaluation(evaluation or path.with_name(f"evaluation_of_{path.stem}.json"), evaluation is not None)
     if evaluation is None and not _same_file(found.get("weights"), path):
         found = {}
     if not found and "final" in trained["selection"]:
-        found = read_json(path.with_name("evaluation.json"), needed=False)
+        found = _read_evaluation(path.with_name("evaluation.json"), needed=False)
         found = found if found.get("selection") == "final" else {}
     if not found and "best" in trained["selection"]:
         found = {"acc1": known["best"]["acc1"]}
@@ -127,6 +126,13 @@ def _known_of_run(path: Path, known: Mapping[str, Any], evaluation: Path | None)
 
 def _same_file(stored: Any, path: Path) -> bool:
     return isinstance(stored, str) and Path(stored).resolve() == path.resolve()
+
+
+_EVALUATION: Fields = {"acc1": (float, None), "correct": (int, None), "count": (int, None), "weights": (str, None)}
+
+
+def _read_evaluation(path: Path, needed: bool) -> dict[str, Any]:
+    return read_json(path, _EVALUATION, "the file that a script wrote") if needed or path.exists() else {}
 
 
 def _accuracy_in_words(facts: Mapping[str, Any]) -> str:
@@ -152,11 +158,11 @@ def _example(net: nn.Module, height_width: list[int], batch: int) -> tuple[Tenso
     return torch.rand(*shape, *height_width, generator=generator), axis
 
 
-def _difference(net: nn.Module, path: Path, height_width: list[int]) -> float:
+def _difference(net: nn.Module, file: BinaryIO, height_width: list[int]) -> float:
     """The largest difference between the logits of the network and of its program, on another batch."""
     example, _ = _example(net, height_width, batch=3)
     reset_net(net)
-    with torch.no_grad(), path.open("rb") as file:
+    with torch.no_grad():
         found = torch.export.load(file).module()(example)
         return (found - net(example)).abs().max().item()
 

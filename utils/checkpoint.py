@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.checked import check_weights, read_checked, write_checked
+from utils.data.splits import changes
 from utils.distributed import Process, any_process, gather
 from utils.engine import Progress
 from utils.errors import UserError
 from utils.exported import SUFFIX, read_exported
-from utils.files import DamagedFileError, partial_of, read_checked, write_checked
+from utils.files import DamagedFileError, read_text, same_file_as
 from utils.versions import versions
 
 __all__ = ["Checkpoints", "load_weights", "put_weights", "read_weights"]
@@ -25,6 +25,7 @@ __all__ = ["Checkpoints", "load_weights", "put_weights", "read_weights"]
 FORMAT = 4  # 3: one dropout mask a step, another ImageNet schedule, another --decay
 _WRAPPERS = ("model", "net", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
+_KINDS = {"epoch": int, "recipe": Mapping, "facts": Mapping, "best": Mapping, "versions": Mapping}  # as we write them
 
 
 def load_weights(net: nn.Module, path: str | Path) -> None:
@@ -65,8 +66,9 @@ def _unwrap(content: Mapping, path: str | Path) -> tuple[dict[str, Tensor], dict
         if any(content is one for one in seen):
             raise UserError(f"file {path} holds no weights: its entry {key!r} contains itself; give another file")
         seen.append(content)
-        known = {**known, **{k: v for k, v in content.items() if k != key}}
+        known |= {k: v for k, v in content.items() if k != key and isinstance(v, _KINDS.get(k, object))}
         content = content[key]
+    check_weights(content, path)
     return {_our_name(name): value for name, value in content.items()}, known
 
 
@@ -108,6 +110,11 @@ def _mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
             for name, value in weights.items()
             if name in expected and value.shape != expected[name].shape
         ],
+        "of another type": [
+            f"{name} {value.dtype} instead of {expected[name].dtype}"
+            for name, value in weights.items()
+            if name in expected and value.is_floating_point() != expected[name].is_floating_point()
+        ],
     }
     return "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in found.items() if names)
 
@@ -131,6 +138,7 @@ class Checkpoints:
         progress: of the epoch, in this process.
         keep_every: also keep the checkpoint of every so many epochs, as ``epoch_<n>.pt``; 0: none.
         facts: of the run, plain values: what the weights were trained on.
+        manifest: the text of its split's file, which names samples that changed.
         parts: optimiser, schedule, scaler, and the trained network where an average of it is evaluated: everything
             else with ``state_dict`` / ``load_state_dict``. None is left out.
     """
@@ -144,10 +152,11 @@ class Checkpoints:
         progress: Progress,
         keep_every: int = 0,
         facts: Mapping[str, Any] | None = None,
+        manifest: str | None = None,
         **parts: Any,
     ):
         self.directory, self.recipe, self.process, self.keep_every = directory, recipe, process, keep_every
-        self.facts = dict(facts or {})
+        self.facts, self.manifest = dict(facts or {}), manifest
         self.net, self.progress = net, progress
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.best: dict[str, float] = {"acc1": -1.0, "epoch": 0}
@@ -199,6 +208,13 @@ class Checkpoints:
             for key, value in self.recipe.items()
             if state["recipe"].get(key) != value
         ]
+        if differing and state["recipe"].get("samples") != self.recipe.get("samples") and self.manifest is not None:
+            before = read_text(source.with_name("split.txt"))
+            if before is not None and (changed := changes(before, self.manifest)):
+                raise UserError(
+                    f"the samples of the run in {source} have changed: {_some(changed, 3)}; restore them, or choose "
+                    "another --output-dir"
+                )
         if differing:
             raise UserError(
                 f"the run in {source} has another recipe: {'; '.join(differing)}; give the same settings to continue "
@@ -288,7 +304,7 @@ class Checkpoints:
             return
         if position == (self.best["epoch"], 0):
             self.directory.mkdir(parents=True, exist_ok=True)
-            _link(source, self.directory / "best.pt")
+            same_file_as(source, self.directory / "best.pt")
         else:
             self.best = {"acc1": -1.0, "epoch": 0}
 
@@ -342,11 +358,11 @@ class Checkpoints:
         previous = self.directory / "previous.pt"
         # A damaged last.pt must not take the place of the whole checkpoint that this run was continued from.
         if self._newest is not None and self._newest.resolve() != previous.resolve():
-            _link(self._newest, previous)
+            same_file_as(self._newest, previous)
         write_checked(state, self.last)
         self._newest = self.last
         for name in other_names:
-            _link(self.last, self.directory / name)
+            same_file_as(self.last, self.directory / name)
 
     def _existing(self) -> list[Path]:
         """The checkpoints of the run, ``last.pt`` first."""
@@ -442,20 +458,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping | list | tuple):
         for one in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(one)
-
-
-def _link(path: Path, name: Path) -> None:
-    """Give the file ``path`` a second name in one step; a copy where the disk cannot link."""
-    partial = partial_of(name)
-    try:
-        partial.unlink(missing_ok=True)
-        try:
-            os.link(path, partial)
-        except OSError:
-            shutil.copyfile(path, partial)
-        os.replace(partial, name)
-    except OSError as error:
-        raise UserError(f"checkpoint {name} cannot be written: {error.strerror or error}; {path} is intact") from error
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

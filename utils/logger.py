@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,20 @@ from tqdm import tqdm
 
 from utils.analysis.azo_record import AZORecord
 from utils.args import plain, words
-from utils.distributed import Process, gather
+from utils.distributed import Process, fail_together
 from utils.errors import UserError
-from utils.files import read_text, write_text
+from utils.files import occupy, read_text, replacing, write_text, writing
 
-__all__ = ["COLUMNS", "RunLog", "check_output", "evaluation_in_words", "print_header", "progress_bar", "write_json"]
+__all__ = [
+    "COLUMNS",
+    "RunLog",
+    "check_output",
+    "evaluation_in_words",
+    "one_run",
+    "print_header",
+    "progress_bar",
+    "write_json",
+]
 
 COLUMNS = ("epoch", "train_loss", "train_acc1", "test_loss", "test_acc1", "lr", "seconds")
 # In TensorBoard accuracy comes first.
@@ -42,6 +50,7 @@ class RunLog:
 
     def __init__(self, directory: Path, process: Process, log_dir: Path, azo: AZORecord | None = None):
         self.directory, self.process, self.log_dir, self.azo = directory, process, log_dir, azo
+        self._rows: dict[int, list[str]] = {}  # of metrics.csv, by epoch
         self._tensorboard: Any = None
 
     def open(
@@ -67,15 +76,13 @@ class RunLog:
         self, args: Mapping[str, Any], facts: Mapping[str, Any], epochs_done: int, split: str | None,
         earlier: Path | None,
     ) -> None:  # fmt: skip
+        _check_utf8(f"--log-dir {self.log_dir}")
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not for --help and evaluation
 
         self.directory.mkdir(parents=True, exist_ok=True)
-        rows = {} if earlier is None else _rows(earlier / "metrics.csv")
-        rows |= _rows(self.directory / "metrics.csv")
-        table = io.StringIO()
-        kept = [row for epoch, row in sorted(rows.items()) if epoch <= epochs_done]
-        csv.writer(table, lineterminator="\n").writerows([COLUMNS, *kept])
-        write_text(self.directory / "metrics.csv", table.getvalue())
+        rows = ({} if earlier is None else _rows(earlier / "metrics.csv")) | _rows(self.directory / "metrics.csv")
+        self._rows = {epoch: row for epoch, row in sorted(rows.items()) if epoch <= epochs_done}
+        self._write_rows()
         if self.azo is not None:
             self.azo.start(self.directory, epochs_done)
         write_json(self.directory / "args.json", {"args": args, **facts, "argv": sys.argv})
@@ -110,8 +117,8 @@ class RunLog:
     ) -> None:
         numbers = (train["loss"], train["acc1"], test["loss"], test["acc1"], lr, seconds)
         values = dict(zip(COLUMNS[1:], numbers, strict=True))
-        with (self.directory / "metrics.csv").open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerow([epoch, *(f"{value:.10g}" for value in numbers)])
+        self._rows[epoch] = [str(epoch), *(f"{value:.10g}" for value in numbers)]
+        self._write_rows()
         for tag, column in _TAGS.items():
             self._tensorboard.add_scalar(tag, values[column], epoch)
         if "acc5" in test:
@@ -120,24 +127,27 @@ class RunLog:
             self.azo.write(self.directory, epoch)
         self._tensorboard.flush()
 
+    def _write_rows(self) -> None:
+        """All of ``metrics.csv``: a kill leaves the old file or the new one."""
+        with replacing(self.directory / "metrics.csv") as file:
+            file.write("".join(f"{','.join(row)}\n" for row in [COLUMNS, *self._rows.values()]).encode())
+
     def close(self) -> None:
         """Finish the TensorBoard events."""
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Where the first process cannot write, all processes stop with one message."""
-        problem = None
-        try:
-            yield
-        except OSError as error:
-            problem = (
-                f"the log in --output-dir {self.directory} cannot be written: {error.strerror or error}; make room, "
-                "and the same command continues after the last saved epoch, or choose another --output-dir"
-            )
-        if problem := gather(problem)[0]:
-            raise UserError(problem)
+        with fail_together():
+            try:
+                yield
+            except OSError as error:
+                raise UserError(
+                    f"the log in --output-dir {self.directory} cannot be written: {error.strerror or error}; make "
+                    "room, and the same command continues after the last saved epoch, or choose another --output-dir"
+                ) from error
 
 
 def print_header(lines: Mapping[str, str], deviations: Mapping[str, tuple[Any, Any]]) -> None:
@@ -152,12 +162,14 @@ def print_header(lines: Mapping[str, str], deviations: Mapping[str, tuple[Any, A
 
 
 def _rows(path: Path) -> dict[int, list[str]]:
-    """The complete rows of a ``metrics.csv``, by epoch; a later one replaces an earlier one."""
-    text = read_text(path)
-    if text is None:
-        return {}
-    rows = csv.reader(line for line in text.splitlines() if "\0" not in line)
-    return {int(row[0]): row for row in rows if len(row) == len(COLUMNS) and row[0].isdecimal()}
+    """The complete rows of a ``metrics.csv``, by epoch; what is no row is left out."""
+    found = {}
+    for line in (read_text(path) or "").splitlines():
+        row = line.split(",")
+        with contextlib.suppress(ValueError):
+            if len(row) == len(COLUMNS) and all(math.isfinite(float(value)) for value in row):
+                found[int(row[0])] = row
+    return found
 
 
 def progress_bar(
@@ -190,6 +202,7 @@ def check_output(directory: Path) -> None:
     Raises:
         UserError: it cannot be used.
     """
+    _check_utf8(f"--output-dir {directory}")
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         reason = "may not be written to" if existing.is_dir() else "is a file"
@@ -201,6 +214,20 @@ def evaluation_in_words(result: Mapping[str, Any]) -> str:
     top5 = f", acc5 {result['acc5']:.2f} %" if "acc5" in result else ""
     accuracy = f"{result['correct']} of {result['count']} correct: acc1 {result['acc1']:.2f} %{top5}"
     return f"{accuracy}, loss {result['loss']:.6f}"
+
+
+@contextlib.contextmanager
+def one_run(directory: Path, process: Process) -> Iterator[None]:
+    """Keep the output directory for this training; a second one is refused (see :func:`utils.files.occupy`).
+
+    Raises:
+        UserError: another run has it, or it cannot be written to; raised in all processes.
+    """
+    with contextlib.ExitStack() as stack:
+        with fail_together(), writing(f"--output-dir {directory}"):
+            if process.is_first:
+                stack.enter_context(occupy(directory))
+        yield
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -217,3 +244,13 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and value - value != 0:
         return None
     return plain(value)
+
+
+def _check_utf8(argument: str) -> None:
+    """TensorBoard takes no other names."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{argument} has a name that is not UTF-8, or the locale is not; choose another name, or set LC_ALL=C.UTF-8"
+        ) from error

@@ -29,7 +29,15 @@ from utils.distributed import Process, start
 from utils.engine import Progress
 from utils.errors import StopRequested, user_input
 from utils.facts import facts_of_run, header, training_facts
-from utils.logger import RunLog, check_output, evaluation_in_words, print_header, progress_bar, write_json
+from utils.logger import (
+    RunLog,
+    check_output,
+    evaluation_in_words,
+    one_run,
+    print_header,
+    progress_bar,
+    write_json,
+)
 from utils.signals import StopSignal
 
 __all__ = ["Run", "start_run"]
@@ -114,8 +122,9 @@ class Run:
         recipe |= {"split_fingerprint": split["fingerprint"], "samples": split["contents"]}
         checkpoints = Checkpoints(
             args.output_dir, recipe, self.process, net, self.progress, args.keep_every, self.facts,
-            optimizer=optimizer, azo=self._azo, **parts,
+            self._manifest, optimizer=optimizer, azo=self._azo, **parts,
         )  # fmt: skip
+        self._until_the_end.enter_context(one_run(args.output_dir, self.process))
         done = checkpoints.resume(args.resume)
         if self.process.is_first and (done or self.progress.step):
             print(f"continuing after epoch {done}, step {self.progress.step} of the next", flush=True)

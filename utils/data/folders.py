@@ -64,7 +64,9 @@ class Folder:
         return [BadFile(self.path / name, f"is a class without {what}") for name in sorted(lacking - used)]
 
 
-def read_folder(path: Path, suffixes: Sequence[str] = (".npz",), parts: Sequence[str] = ()) -> Folder:
+def read_folder(
+    path: Path, suffixes: Sequence[str] = (".npz",), parts: Sequence[str] = (), others_are_bad: bool = True
+) -> Folder:
     """Find ``<class>/<sample>``, or ``<part>/<class>/<sample>`` for the given parts.
 
     A folder inside a class, a sample outside, another part and everything that :func:`walk` names is bad.
@@ -78,7 +80,7 @@ def read_folder(path: Path, suffixes: Sequence[str] = (".npz",), parts: Sequence
     for inside in sorted(levels, key=lambda inside: inside.replace("/", "\0")):
         files, level = sorted(levels[inside]), inside.count("/") + 1 if inside else 0
         if parts and level and inside.partition("/")[0] not in parts:
-            if level == 1:
+            if level == 1 and others_are_bad:
                 found.bad.append(BadFile(path / inside, f"is neither of the folders {', '.join(parts)}"))
         elif level < depth:
             found.bad += [BadFile(Path(file.path), "does not lie in the folder of a class") for file in files]

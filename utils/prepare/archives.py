@@ -90,7 +90,7 @@ def unpack_all(archives: Sequence[Path], folder: Path) -> None:
     """Unpack archives ``.zip`` or ``.tar.gz``; files that are there whole already are left as they are.
 
     A file gets its name when it is whole. Links, devices and paths that lead out of the folder are refused, and so is
-    what is too much: 20 times the bytes of the archives (at least 64 MiB), a million files, more than the disk holds.
+    what is too much: 20 times the bytes of the archives (at least 64 MiB), a million files, or more than fits the disk.
 
     Raises:
         UserError: it is too much.

@@ -69,7 +69,7 @@ class Job:
     @property
     def frames_dir(self) -> Path:
         """Where the frames go."""
-        return self.data_dir / frames_name(self.T)
+        return self.data_dir if self.about.is_split_by_folder else self.data_dir / frames_name(self.T)
 
     @property
     def recordings_dir(self) -> Path:
@@ -93,7 +93,7 @@ class Job:
 
     def read(self, folder: Path) -> Folder:
         """The samples of a folder of events or frames."""
-        return read_folder(folder, (".npz",), self.about.parts)
+        return read_folder(folder, (".npz",), self.about.parts, others_are_bad=folder != self.data_dir)
 
     def in_threads(self, work: Callable[[Item], Result], items: Sequence[Item], what: str) -> list[Result]:
         """``work(item)`` for every item, in order, under a progress bar; an error of one ends it all.

@@ -52,6 +52,10 @@ _AT_A_TIME = 512  # samples in memory while they are packed
 
 def find(job: Job) -> None:
     """List archives, recordings, events and frames."""
+    if job.about.is_split_by_folder:  # nothing else is needed
+        job.frames = job.read(job.frames_dir)
+        job.bad += job.frames.bad
+        return
     job.archives = archives.find_archives(job.data_dir, job.about.archives)
     job.recordings, bad = find_recordings(job.recordings_dir, job.about)
     job.events, job.frames = job.read(job.events_dir), job.read(job.frames_dir)
