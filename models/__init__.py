@@ -1,7 +1,6 @@
 """SMA, AZO and the networks built on them."""
 
 from models import neurons  # before models.sma: it imports SpikingJelly without the warning of torch.jit
-from models.folding import folded
 from models.ms_resnet import (
     MSResNet,
     ms_resnet18,
@@ -20,7 +19,6 @@ __all__ = [
     "VGG8",
     "MSResNet",
     "attention_zoneout",
-    "folded",
     "ms_resnet18",
     "ms_resnet34",
     "ms_resnet104",

@@ -21,6 +21,9 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
+from .fast.dispatch import functions_work
+from .fast.equations import Neuron
+
 try:
     from .fast import neuron_kernels
 except ImportError:  # no Triton on this machine
@@ -193,7 +196,8 @@ def _surrogate_gradient(alpha: float | None, x: Tensor) -> Tensor:
 
 
 class _LIFNode(neuron.LIFNode):
-    computes_lif = True  # models/sma.py may compute the same function in its own way
+    computes_lif = True  # models/fast may compute the same function in its own way
+    fast = True  # False: SpikingJelly's own loop over the steps
     runs_in = "torch"  # or "cupy" or "triton": select_backend
     v: Any
 
@@ -203,8 +207,12 @@ class _LIFNode(neuron.LIFNode):
         return None if isinstance(self.surrogate_function, Rectangle) else self.surrogate_function.alpha
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
-        if self.store_v_seq:  # SpikingJelly's own, which has the potentials of all steps
+        if self.store_v_seq or not self.fast:  # SpikingJelly's own, which has the potentials of all steps
             return super().multi_step_forward(x_seq)
+        if not functions_work(x_seq):  # torch.jit.trace, torch.func: in plain operations
+            v = self.v if torch.is_tensor(self.v) else None
+            spikes, self.v = Neuron.of(self).fire(x_seq.to(torch.promote_types(x_seq.dtype, torch.float32)), v)
+            return spikes.to(x_seq.dtype)
         # In evaluation 0.0.0.0.14 has no kernel, but a scripted loop that keeps half-precision potentials.
         if self.runs_in == "cupy" and self.training and x_seq.is_cuda:
             return self._in_cupy(x_seq)

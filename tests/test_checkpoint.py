@@ -1,8 +1,8 @@
 """Reading weights from anywhere, safely; saving whole files; continuing a run."""
 
+import os
 import pickle
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from torch import nn
 import utils.checkpoint
 from models import VGG8, sma_vgg8_ncaltech101
 from tests.reliability.reliability import damages
+from utils.checked import write_checked
 from utils.checkpoint import Checkpoints, describe_vgg8, load_weights, read_weights
 from utils.distributed import Process
 from utils.engine import Progress
 from utils.errors import UserError
-from utils.files import write_checked
 
 ALONE = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -130,7 +130,7 @@ def write_zip(path):
         (write_whole_module, "can run code"),
         (lambda p: p.write_bytes(pickle.dumps(Hostile(), protocol=2)), "can run code"),
         (lambda p: None, "does not exist"),
-        (lambda p: p.mkdir(), "does not exist"),
+        (lambda p: p.mkdir(), "is a folder and no file"),
     ],
     ids=["html", "empty", "zeros", "cut", "zip", "list", "none", "hostile", "module", "pickle", "missing", "folder"],
 )
@@ -406,12 +406,12 @@ def test_a_checkpoint_that_cannot_be_read_is_left_for_the_previous_one(tmp_path,
     checkpoints.save(1, 10.0)
     checkpoints.save(2, 5.0)
 
-    def broken_disk(path, *arguments, before=Path.open, **keywords):
-        if path.name == "last.pt":
+    def broken_disk(path, *arguments, before=os.open, **keywords):
+        if os.path.basename(path) == "last.pt":
             raise OSError(5, "Input/output error")
         return before(path, *arguments, **keywords)
 
-    monkeypatch.setattr(Path, "open", broken_disk)
+    monkeypatch.setattr(os, "open", broken_disk)
     assert make(tmp_path)[0].resume("auto") == 1
     assert "last.pt cannot be read: Input/output error; continuing from" in capsys.readouterr().err
 

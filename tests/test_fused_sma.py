@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models import SMA, SMA_L, sma_vgg8_dvs128
+from models import SMA, SMA_L, sma_ms_resnet18, sma_vgg8_dvs128
 from models.fast import equations_only
 from models.fast.loops import pack, unpack
 from models.neurons import lif, reset_net
@@ -340,6 +340,50 @@ def test_a_forward_mode_derivative_goes_through(activation):
         output = sma(torch.autograd.forward_ad.make_dual(x, direction))
         slope = torch.autograd.forward_ad.unpack_dual(output).tangent
     torch.testing.assert_close((slope * direction).sum(), (expected * direction).sum(), rtol=1e-8, atol=1e-8)
+
+
+NETWORKS = [
+    (lambda: sma_vgg8_dvs128(T=4, width=0.125, RCR=4, RTR=2, num_classes=3), (4, 1, 2, 32, 32)),
+    (lambda: sma_ms_resnet18(T=2, width=0.125, num_classes=3), (1, 3, 32, 32)),
+]
+
+
+@pytest.mark.parametrize(("network", "shape"), NETWORKS, ids=["VGG8", "MS-ResNet"])
+def test_a_whole_network_can_be_traced_and_its_gradient_taken_by_torch_func(network, shape, tmp_path):
+    torch.manual_seed(0)
+    net = network().double().eval()
+    x, parameters = 3 * torch.rand(shape, dtype=torch.float64), dict(net.named_parameters())
+    torch.jit.save(torch.jit.trace(net, x, check_trace=False), tmp_path / "net.pt")
+    reset_net(net)
+
+    def loss(parameters):
+        output = torch.func.functional_call(net, parameters, (x,))
+        reset_net(net)
+        return output.pow(2).sum()
+
+    output = net(x)
+    output.pow(2).sum().backward()
+    reset_net(net)
+    torch.testing.assert_close(torch.jit.load(tmp_path / "net.pt")(x), output, rtol=1e-10, atol=1e-10)
+    expected = {name: p.grad for name, p in parameters.items()}
+    assert_equal(torch.func.grad(loss)(parameters), expected, 1e-6)  # MS-ResNet rounds gradients to float32
+    assert expected["conv1.0.weight" if "conv1.0.weight" in expected else "block1.0.0.weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize(("network", "shape"), NETWORKS, ids=["VGG8", "MS-ResNet"])
+def test_a_gradient_of_a_whole_network_by_its_equations_can_be_differentiated_again(network, shape):
+    torch.manual_seed(0)
+    net = network()
+    reference, x = equations_only(net), 3 * torch.rand(shape)
+    gradients = []
+    for one in (net, reference):
+        torch.manual_seed(1)  # dropout
+        given = x.clone().requires_grad_()
+        again = one is reference
+        gradients += torch.autograd.grad(one(given).pow(2).sum(), given, create_graph=again)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item())
+    gradients[1].pow(2).sum().backward()
+    assert all(p.grad.isfinite().all() for p in reference.parameters() if p.grad is not None)
 
 
 def test_a_copy_runs_the_equations_and_the_network_stays_as_it_was():

@@ -135,7 +135,7 @@ def test_the_module_in_kernels_is_the_direct_form(in_kernels, cls, activation, t
     assert_equal(ours.state_dict(), direct.state_dict(), 1e-12)
 
 
-def test_half_precision_is_near_float32_and_stays_half(in_kernels):
+def test_half_precision_is_near_float32_and_spikes_stay_half(in_kernels):
     y = (2 * random(4, 2, 6, 5, 5)).float()
     one = torch.ones(6, 1, 1, device=DEVICE)
     halves = [torch.empty_like(y).to(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
@@ -208,8 +208,8 @@ sums = {"current_sums": real, "previous_sums": real, "parts": "i32", "in_a_part"
 tasks = [
     (kernels._fire, {**state, "spikes": half, "counts": real, "last": real}, leak),
     (kernels._fire_backward, {**state, **gradients}, {**leak, **of_gradients}),
-    (kernels._weighted_sum, {"features": (half,) * scales, **weights, "out": half, "bits": "*u8"}, form),
-    (kernels._weighted_sum_backward, {"grad": half, **weights, "kept": ("*u8",), "grads": (half,) * scales, **sums},
+    (kernels._weighted_sum, {"features": (half,) * scales, **weights, "out": real, "bits": "*u8"}, form),
+    (kernels._weighted_sum_backward, {"grad": real, **weights, "kept": ("*u8",), "grads": (half,) * scales, **sums},
      form),
 ]
 for kernel, tensors, constants in tasks:

@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models import (
     SMA,
-    folded,
     ms_resnet18,
     ms_resnet34,
     ms_resnet104,
@@ -154,7 +153,6 @@ def steps_of(name: str, form: str, setting: Setting) -> tuple[dict[str, Step], s
         return _layers_alone(net, x, setting), "", flops
     x.requires_grad_(name == "block")
     scaler = torch.amp.GradScaler(device.type, enabled=setting.amp == "fp16")
-    seen: list[nn.Module] = []  # the folded copy, made in the first evaluation as in a run
 
     def training() -> None:
         net.train()
@@ -165,12 +163,10 @@ def steps_of(name: str, form: str, setting: Setting) -> tuple[dict[str, Step], s
         reset_net(net)
 
     def evaluation() -> None:
-        if not seen:
-            seen.append(folded(net.eval()) if form.startswith("SMA") and form != "SMA, direct" else net)
-        seen[0].eval()
+        net.eval()
         with torch.inference_mode():
-            seen[0](x)
-        reset_net(seen[0])
+            net(x)
+        reset_net(net)
 
     return {"training": training, "evaluation": evaluation}, str(backend), flops
 

@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import os
-import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -33,11 +32,11 @@ from typing import Any
 if not __package__:  # run as a file: the modules of the repository are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.analysis.runs import read_json, read_metrics
+from utils.analysis.runs import read_metrics, read_run_file
 from utils.analysis.tables import markdown_table
 from utils.args import words
 from utils.errors import SentenceParser, UserError, exit_with_sentence
-from utils.files import write_text, writing
+from utils.files import check_fields, write_text, writing
 from utils.logger import check_output
 
 __all__ = ["Group", "Run", "differences", "group_runs", "make_parser", "read_run", "sampling_error", "to_markdown"]
@@ -45,8 +44,8 @@ __all__ = ["Group", "Run", "differences", "group_runs", "make_parser", "read_run
 Z = 1.96
 # What a result does not depend on, or what is compared by itself (the data, in words).
 _IGNORED = {
-    "seed", "data_dir", "output_dir", "log_dir", "resume", "keep_every", "device", "local_rank", "gpu",
-    "num_workers", "evaluate", "backend", "decoder", "timeout", "deterministic",
+    "seed", "data_dir", "output_dir", "log_dir", "resume", "keep_every", "device", "local_rank", "gpu", "num_workers",
+    "evaluate", "backend", "decoder", "timeout", "deterministic", "record_azo", "split", "split_seed", "recompute",
 }  # fmt: skip
 
 
@@ -58,7 +57,7 @@ class Run:
     settings: dict[str, Any]
     seed: int
     data: str
-    split: str
+    split: str  # fingerprint
     count: int
     final: float
     best: float
@@ -88,34 +87,32 @@ def read_run(path: Path) -> Run:
     Raises:
         UserError: something of it is missing, or it is not finished.
     """
-    described, metrics = read_json(path, "args.json"), read_metrics(path)
-    settings = {**described.get("args", {}), **_global_batch(described)}
-    done, epochs = len(metrics["epoch"]), settings.get("epochs")
-    if done != epochs:
-        raise UserError(f"run {path} is not finished: {done} of {epochs} epochs; the same command continues it")
-    evaluation = read_json(path, "evaluation.json")
+    described, metrics = read_run_file(path, "args.json"), read_metrics(path)
+    check_fields(described["args"], {"epochs": int, "seed": int}, path / "args.json", "a finished run")
+    evaluation = read_run_file(path, "evaluation.json")
     accuracy = metrics["test_acc1"]
-    best = max(range(done), key=accuracy.__getitem__)
     try:
+        settings = {**described["args"], "global batch": described["batch"]["global"]}
+        done, epochs = int(metrics["epoch"][-1]), settings["epochs"]
+        if done != epochs or evaluation["selection"] != "final":
+            raise UserError(f"run {path} is not finished: {done} of {epochs} epochs; the same command continues it")
+        best = max(range(len(accuracy)), key=accuracy.__getitem__)
         return Run(
             path=path,
             settings={name: value for name, value in settings.items() if name not in _IGNORED},
             seed=settings["seed"],
-            data=described["data"],
-            split=described.get("split", ""),
+            data=described["data"]["title"],
+            split=described["split"]["fingerprint"],
             count=evaluation["count"],
             final=accuracy[-1],
             best=accuracy[best],
             best_epoch=int(metrics["epoch"][best]),
         )
-    except KeyError as error:
-        raise UserError(f"run {path} lacks {error} in args.json or evaluation.json; give a finished run") from error
-
-
-def _global_batch(described: dict[str, Any]) -> dict[str, int]:
-    """Samples a step of all processes together: ``batch_size`` is that of one process on event data."""
-    found = re.search(r"(\d+) global", described.get("batch", ""))
-    return {"global batch": int(found[1])} if found else {}
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"run {path} is not as a run of this program writes it (args.json or evaluation.json: {error}); give a "
+            "finished run"
+        ) from error
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -138,9 +135,9 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     changing = [name for name in names if len({json.dumps(g[0].settings.get(name)) for g in groups}) > 1]
 
     def name_of(run: Run) -> str:
-        told = ", ".join(f"{name} {words(run.settings.get(name))}" for name in changing)
-        told = ", ".join(part for part in (run.data if several_data else "", told) if part)
-        return told or (run.path.resolve().name if len(groups) > 1 else "all runs")
+        changed = ", ".join(f"{name} {words(run.settings.get(name)) or 'unset'}" for name in changing)
+        changed = ", ".join(part for part in (run.data if several_data else "", changed) if part)
+        return changed or (run.path.resolve().name if len(groups) > 1 else "all runs")
 
     return [Group(name_of(alike[0]), alike) for alike in groups]
 
@@ -189,7 +186,7 @@ def to_markdown(groups: Sequence[Group], unlike: Sequence[str]) -> str:
         spread = [_mean_and_std(group, which) for which in ("final", "best")]
         table.append([group.name, str(len(group.runs)), seeds, str(group.runs[0].count), *spread, epochs])
     lines = [
-        f"data: {groups[0].runs[0].data}; split: {groups[0].runs[0].split or 'its own'}",
+        f"data: {groups[0].runs[0].data}; split: fingerprint {groups[0].runs[0].split}",
         "",
         markdown_table(table),
         "",

@@ -25,7 +25,7 @@ if not __package__:  # run as a file: the modules of the repository are one fold
 
 from models import SMA
 from models.neurons import reset_net
-from utils.analysis.azo_record import read_azo_record
+from utils.analysis.azo_record import kernel_sizes, read_azo_record
 from utils.analysis.figures import draw_attention, draw_azo, draw_curves, draw_frames, draw_spikes, save
 from utils.analysis.inspection import Inspected, add_inspection, load_inspected
 from utils.analysis.runs import read_metrics
@@ -217,7 +217,7 @@ def show_attention(args: argparse.Namespace) -> None:
         if not process.is_first:
             return
         for name, (time, spread, channel) in weights.items():
-            kernels = [branch.conv.kernel_size[0] for branch in modules[name].S_Convs]
+            kernels = kernel_sizes(modules[name])
             title = f"SMA at {name}: weights of the scales, mean of {len(inspected.test)} test samples"
             path = output / "figures" / f"attention_{name}.png"
             save(draw_attention(time, spread, channel, kernels, title), path)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -151,11 +153,10 @@ def _join(backend: str, timeout: float) -> None:
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
         store.set_timeout(wait)
-        # A launcher that starts the processes anew (--max-restarts) keeps its store: addresses of the dead ones in it
-        # must not be met again.
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(_name_of_start(store, rank, world_size, timeout), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
-        _last_words = dist.new_group(backend="gloo", timeout=wait)
+        group = dist.new_group(backend="gloo", timeout=wait)
+        _last_words = group if isinstance(group, dist.ProcessGroup) else None
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
         reason = (str(error).splitlines() or [""])[0]
@@ -163,6 +164,31 @@ def _join(backend: str, timeout: float) -> None:
             f"the {os.environ['WORLD_SIZE']} processes do not find each other at {address} within {timeout:g} s "
             f"({reason}); start all of them, with a --master_port that is free"
         ) from error
+
+
+def _name_of_start(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:
+    """A name that the first process makes up and only the living processes get.
+
+    A launcher that starts processes anew keeps its store, with the addresses of the dead ones, and the launchers of two
+    machines count their starts differently. So every process asks under a name that it never had before.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"asks/{rank}", own)
+        name = store.get(f"answer/{own}").decode()
+        store.set(f"{name}/has/{rank}", "")
+        return name
+    missing, end = set(range(1, world_size)), time.monotonic() + timeout
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"asks/{other}"]):  # of a dead process, as long as it is the only one
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+            if store.check([f"{own}/has/{other}"]):
+                missing.remove(other)
+        if time.monotonic() > end:
+            raise ValueError(f"missing: rank {', '.join(map(str, sorted(missing)))}")
+        time.sleep(0.02)
+    return own
 
 
 def _is_loss(error: BaseException) -> bool:

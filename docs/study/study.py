@@ -160,13 +160,13 @@ def train(task: Task, data_dir: Path) -> dict[str, Any]:
     untrained, trained = seen.take(), {}
     for epoch in range(1, settings.epochs + 1):
         set_epoch(batches, epoch)
-        trained = train_one_epoch(net, batches, criterion, optimizer, scaler, device, epoch=epoch)
+        trained = train_one_epoch(net, batches, criterion, optimizer, scaler, device)
         scheduler.step()
     seen.take()
     result = evaluate(net, test_batches, criterion, device)
     found = seen.take()
     return {
-        **asdict(task), **asdict(settings), "split": data.split.split("/")[-1],
+        **asdict(task), **asdict(settings), "split": data.info.fingerprint,
         "acc1": f"{result['acc1']:.6g}", "correct": result["correct"], "count": result["count"],
         "loss": f"{result['loss']:.6g}", "train_acc1": f"{trained['acc1']:.6g}",
         "parameters": sum(p.numel() for p in net.parameters()),

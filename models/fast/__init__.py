@@ -3,7 +3,8 @@
 ========================  ==============================================================================================
 ``forward.py``            the way through a pass of SMA, and its recomputation
 ``dispatch.py``           the one place that decides which form of a pass runs where
-``passes.py``             the two passes after the convolutions, as functions of autograd and as equations
+``passes.py``             the two passes after the convolutions, as functions of autograd
+``equations.py``          the same as equations, where functions of autograd cannot serve
 ``loops.py``              their values in PyTorch, step by step
 ``kernels.py``            their values on a GPU, in Triton
 ========================  ==============================================================================================
@@ -22,12 +23,12 @@ __all__ = ["equations_only", "fast_forward", "has_kernels"]
 
 
 def equations_only(net: nn.Module) -> nn.Module:
-    """A copy of ``net`` in which every SMA runs its equations: what the fast form is tested and measured against.
+    """A copy of ``net`` for tests and measurements: SMA runs its equations, and neurons are SpikingJelly's own.
 
     The neurons must be in their first state (``functional.reset_net``).
     """
     net = copy.deepcopy(net)
     for module in net.modules():
-        if hasattr(module, "S_Convs"):  # an SMA; its file imports this one
+        if hasattr(module, "fast"):  # SMA, and the neurons of models/neurons.py
             module.fast = False  # type: ignore[assignment]
     return net

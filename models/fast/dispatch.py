@@ -65,6 +65,7 @@ def fires(branch: _Branch) -> bool:
         and node.step_mode == "m"
         and node.v_reset == 0.0
         and node.detach_reset
+        and getattr(node, "fast", True)
     )
 
 
@@ -77,7 +78,7 @@ def is_watched(branch: _Branch) -> bool:
 
 def implementation(x: Tensor, scales: int = 1) -> ModuleType:
     """The module with the passes over ``x`` ``[T, B, C, H, W]``: ``kernels`` or ``loops``."""
-    if not x.is_cuda or kernels is None or torch.compiler.is_compiling() or type(x) is not Tensor:
+    if not x.is_cuda or kernels is None or torch.compiler.is_compiling():
         return loops
     channels_last = not x.is_contiguous()
     return kernels if scales <= kernels.most_scales and has_kernels(x.device, x.dtype, channels_last) else loops
@@ -97,7 +98,7 @@ def has_kernels(device: torch.device, dtype: torch.dtype = torch.float32, channe
         False, with a warning, where they raise or compute something else. Without memory for the trial they are left
         out this time only.
     """
-    if kernels is None:
+    if kernels is None or type(torch.empty(0)) is not Tensor:  # fake tensors have no values to compare
         return False
     case = device, dtype, channels_last
     if case not in _works:

@@ -103,7 +103,8 @@ def weighted_sum(
         are_spikes: whether the features are 0 or 1.
 
     Returns:
-        The sum, and what :func:`weighted_sum_backward` needs: the features, or a bit for each spike.
+        The sum, in the wider type of weights and features, and what :func:`weighted_sum_backward` needs: the features,
+        or a bit for each spike.
     """
     out = torch.empty_like(features[0], dtype=torch.promote_types(current.dtype, features[0].dtype))
     takes = _takes_previous(current, previous)

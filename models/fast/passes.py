@@ -1,8 +1,7 @@
 """The two passes of SMA after its convolutions: BatchNorm with the neurons, and the weighted sum of the scales.
 
-Each keeps as little as it can for the backward pass. Each is there twice: as a function of autograd, whose values come
-from ``kernels.py`` or ``loops.py``, and as an equation, which serves where such a function cannot: under the transforms
-of ``torch.func``, in ``torch.jit.trace``, and for gradients that are differentiated again.
+Each keeps as little as it can for the backward pass. They are functions of autograd, whose values come from
+``kernels.py`` or ``loops.py``; where such functions cannot serve, their equations run (``equations.py``).
 """
 
 from __future__ import annotations
@@ -12,38 +11,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
+from . import equations
 from .dispatch import functions_work, implementation
+from .equations import Neuron, differentiated_again, gradients_of
 
-__all__ = ["Neuron", "normalize_and_fire", "weighted_sum"]
-
-
-class Neuron(NamedTuple):
-    """A LIF neuron with a hard, detached reset to 0: ``u_t = decay * v_{t-1} + input_scale * x_t``, surrogate ATan."""
-
-    decay: float
-    input_scale: float
-    threshold: float
-    alpha: float
-
-    @staticmethod
-    def of(node: Any) -> Neuron:
-        """The constants of a ``LIFNode`` of SpikingJelly."""
-        input_scale = 1.0 / node.tau if node.decay_input else 1.0
-        return Neuron(1.0 - 1.0 / node.tau, input_scale, node.v_threshold, node.surrogate_function.alpha)
-
-    def fire(self, x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The equation: spikes of ``x`` ``[T, ...]``, starting from the potential ``v`` (None: 0), and the last one."""
-        spikes = []
-        for step in x.unbind():
-            u = self.input_scale * step if v is None else self.decay * v + self.input_scale * step
-            fires = (u.detach() >= self.threshold).to(u.dtype)
-            surrogate = torch.atan(torch.pi / 2 * self.alpha * (u - self.threshold)) / torch.pi
-            spikes.append(fires + (surrogate - surrogate.detach()))  # the value of one, the gradient of the other
-            v = u * (1.0 - fires)
-        return torch.stack(spikes), v
+__all__ = ["normalize_and_fire", "weighted_sum"]
 
 
 def normalize_and_fire(y: Tensor, bn: Any, node: Any) -> tuple[Tensor, Tensor]:
@@ -111,10 +85,8 @@ class _NormalizeAndFire(torch.autograd.Function):
         ctx: Any, grad_spikes: Tensor | None, grad_means: Tensor | None, grad_v: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Gradients of ``y``, ``weight``, ``bias`` and ``v``."""
-        if _differentiated_again(grad_spikes, grad_means, grad_v):
-            y, weight, bias, mean, var, v = _unpacked(ctx)
-            equation = partial(_normalize_and_fire, mean, var, ctx.constants)
-            *grads, of_v = _gradients_of(equation, [y, weight, bias, v], [grad_spikes, grad_means, grad_v])
+        if differentiated_again(grad_spikes, grad_means, grad_v):
+            *grads, of_v = gradients_of(*_NormalizeAndFire.equation(ctx), [grad_spikes, grad_means, grad_v])
             return *grads, None, None, of_v, None
         y, weight, bias, mean, var, v = ctx.saved_tensors
         neuron, eps = ctx.constants.neuron, ctx.constants.eps
@@ -135,23 +107,22 @@ class _NormalizeAndFire(torch.autograd.Function):
         )
         return grad_y.view_as(y), grad_weight, grad_bias, None, None, grad_v if ctx.needs_input_grad[5] else None, None
 
+    @staticmethod
+    def equation(ctx: Any) -> tuple[Callable[..., Sequence[Tensor | None]], list[Tensor | None]]:
+        """The pass as an equation, and its inputs with the graph that they come from."""
+        if not hasattr(ctx, "unpacked"):  # a checkpoint lets nobody unpack them twice
+            ctx.unpacked = ctx.saved_tensors
+        y, weight, bias, mean, var, v = ctx.unpacked
+        given = {} if ctx.constants.of_batch else {"mean": mean, "var": var}
+        more = {"eps": ctx.constants.eps, "neuron": ctx.constants.neuron}
+        return partial(equations.normalize_and_fire, **given, **more), [y, weight, bias, v]
+
 
 def _charge(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, constants: _Constants) -> tuple[Tensor, Tensor]:
     """BatchNorm of ``y`` times the neuron's input scale, as ``scale * y + shift``, each ``[C, 1, 1]``."""
     scale = weight * (var + constants.eps).rsqrt()
     charge = torch.stack([scale, bias - mean * scale]) * constants.neuron.input_scale
     return charge[0, :, None, None], charge[1, :, None, None]
-
-
-def _normalize_and_fire(
-    mean: Tensor, var: Tensor, constants: _Constants, y: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The equation of :class:`_NormalizeAndFire`."""
-    given = (None, None) if constants.of_batch else (mean, var)
-    x = y.flatten(0, 1).to(weight.dtype)
-    x = nn.functional.batch_norm(x, given[0], given[1], weight, bias, constants.of_batch, 0.0, constants.eps)
-    spikes, v = constants.neuron.fire(x.unflatten(0, y.shape[:2]), v)
-    return spikes.to(y.dtype), spikes.mean((-2, -1)).to(y.dtype), v
 
 
 def weighted_sum(features: Sequence[Tensor], weights: Tensor, replaced: Tensor | None, are_spikes: bool) -> Tensor:
@@ -167,17 +138,8 @@ def weighted_sum(features: Sequence[Tensor], weights: Tensor, replaced: Tensor |
         ``[T, B, C, H, W]``.
     """
     if torch.compiler.is_compiling() or not functions_work(weights):  # a compiler fuses the equation as it stands
-        return _weighted_sum(weights, replaced, *features)
+        return equations.weighted_sum(weights, replaced, *features)
     return _WeightedSum.apply(weights, replaced, are_spikes, *features)
-
-
-def _weighted_sum(weights: Tensor, replaced: Tensor | None, *features: Tensor) -> Tensor:
-    """The equation of :class:`_WeightedSum`."""
-    z = weights[..., None, None] * torch.stack(features)
-    if replaced is not None:
-        previous = torch.cat([z[:, :1], z[:, :-1]], dim=1)
-        z = torch.where(rearrange(replaced, "s t c -> s t 1 c 1 1"), previous, z)
-    return z.sum(0)
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -198,12 +160,14 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``weights`` and of the features."""
         weights, replaced, *kept = ctx.saved_tensors
-        if _differentiated_again(grad):
+        if differentiated_again(grad):
             features = _spikes_again(ctx) if ctx.are_spikes else kept
-            of_weights, *of_features = _gradients_of(
-                lambda weights, *features: (_weighted_sum(weights, replaced, *features),), [weights, *features], [grad]
+            of_weights, *grads = gradients_of(
+                lambda weights, *features: [equations.weighted_sum(weights, replaced, *features)],
+                [weights, *features],
+                [grad],
             )
-            return of_weights, None, None, *of_features
+            return of_weights, None, None, *grads
         backward, shares = ctx.implementation.weighted_sum_backward, _shares(weights, replaced)
         of_current, of_previous, grads = backward(grad, *shares, ctx.are_spikes, kept, ctx.dtype)
         if replaced is not None:
@@ -223,30 +187,7 @@ def _shares(weights: Tensor, replaced: Tensor | None) -> tuple[Tensor, Tensor | 
     return weights * ~of_channels, previous
 
 
-# Gradients of gradients: the backward pass of a pass is then that of its equation.
-
-
-def _differentiated_again(*grads: Tensor | None) -> bool:
-    """In a backward pass: whether autograd records it (``create_graph``) or a transform maps it over many gradients."""
-    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or not functions_work(*grads))
-
-
-def _gradients_of(
-    equation: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Gradients of ``equation(*inputs)`` for its inputs, themselves differentiable, from those of its outputs."""
-    record = torch.is_grad_enabled()
-    with torch.enable_grad():
-        cut = [one if one is None else one.view_as(one) for one in inputs]  # what comes before is not followed
-        outputs = equation(*cut)
-    wanted = [one for one in cut if one is not None and one.requires_grad]
-    given = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
-    outputs, grads = zip(*given, strict=True)
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=record, allow_unused=True))
-    return [next(found) if one is not None and one.requires_grad else None for one in cut]
-
-
-def _spikes_again(ctx: Any) -> list[Tensor]:
+def _spikes_again(ctx: Any) -> list[Tensor | None]:
     """The features of a weighted sum as functions of what they came from: of themselves only bits were kept."""
     nodes = [node for node, _ in ctx.next_functions[-ctx.scales :]]
     if not all(isinstance(node, _NormalizeAndFire._backward_cls) for node in nodes):
@@ -254,15 +195,5 @@ def _spikes_again(ctx: Any) -> list[Tensor]:
             "this gradient of SMA cannot be differentiated again, because a branch is frozen, watched by a hook or has "
             "neurons of another kind; use SMA(..., fast=False)"
         )
-    features = []
-    for node in nodes:
-        y, weight, bias, mean, var, v = _unpacked(node)
-        features.append(_normalize_and_fire(mean, var, node.constants, y, weight, bias, v)[0])
-    return features
-
-
-def _unpacked(ctx: Any) -> tuple[Tensor, ...]:
-    """``ctx.saved_tensors``, which a checkpoint lets nobody unpack twice."""
-    if not hasattr(ctx, "unpacked"):
-        ctx.unpacked = ctx.saved_tensors
-    return ctx.unpacked
+    passes = [_NormalizeAndFire.equation(node) for node in nodes]
+    return [equation(*inputs)[0] for equation, inputs in passes]

@@ -45,13 +45,13 @@ import utils.losses
 from models import VGG8
 from tools._forked import ROOT, Run, end_all, in_child, launch, start
 from utils.analysis.operations import OperationCounter
+from utils.checked import read_checked
 from utils.checkpoint import Checkpoints, load_weights, read_weights
 from utils.data.demo import write_demo
 from utils.data.demo_images import write_demo_images
 from utils.distributed import Process
 from utils.engine import Progress, evaluate, train_one_epoch
 from utils.errors import SentenceParser, UserError, exit_with_sentence
-from utils.files import read_checked
 from utils.logger import check_output
 from utils.losses import mse_of_mean
 from utils.prepare.datasets import DATA_SETS

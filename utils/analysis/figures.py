@@ -8,10 +8,10 @@ colour-blind, and it has one colour scale.
 from __future__ import annotations
 
 import contextlib
-import os
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -20,11 +20,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
 from utils.errors import UserError
-from utils.files import partial_of, writing
+from utils.files import replacing, writing
 from utils.pictures import colours
 
 __all__ = ["draw_attention", "draw_azo", "draw_curves", "draw_frames", "draw_spikes", "save", "style"]
@@ -42,7 +43,7 @@ _MOST_STEPS, _FITTING_STEPS = 8, 24  # of a figure: where nobody chooses them, a
 @contextlib.contextmanager
 def style() -> Iterator[None]:
     """The settings of all figures, inside the block only."""
-    settings = {
+    settings: Any = {  # matplotlib types the keys one by one
         "font.family": "DejaVu Sans", "font.size": 8.0, "axes.titlesize": 8.0, "axes.labelsize": 8.0,
         "xtick.labelsize": 7.0, "ytick.labelsize": 7.0, "legend.fontsize": 7.0, "figure.titlesize": 9.0,
         "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5,
@@ -60,18 +61,18 @@ def save(figure: Figure, path: Path) -> None:
     """
     with style(), writing(f"figure {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial_of(path), format="png", dpi=DPI)
-        os.replace(partial_of(path), path)
+        with replacing(path) as file:
+            figure.savefig(file, format="png", dpi=DPI)
 
 
-def _figure(height: float, width: float = WIDTH, layout: str = "constrained") -> Figure:
+def _figure(height: float, width: float = WIDTH, compress: bool = False) -> Figure:
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.04, compress=compress)  # inches
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.04)  # inches
     FigureCanvasAgg(figure)  # draws without a window, whatever backend is set
     return figure
 
 
-def _colour_bar(figure: Figure, axes: Sequence[Axes], largest: float, label: str, alpha: float = 1.0) -> Normalize:
+def _colour_bar(figure: Figure, axes: Iterable[Axes], largest: float, label: str, alpha: float = 1.0) -> Normalize:
     """The one colour scale of a figure, from 0 to ``largest``."""
     scale = Normalize(0, largest or 1.0)
     bar = figure.colorbar(
@@ -126,28 +127,27 @@ def draw_spikes(
     """
     alpha = 0.75 if shade else 1.0
     T = len(frames)
-    steps = np.linspace(1, T, min(_MOST_STEPS, T)).round().astype(int) if steps is None else steps
-    for step in steps:
+    for step in steps or ():
         if not 1 <= step <= T:
             raise UserError(f"--steps {step} is none of the {T} time steps; give numbers from 1 to {T}")
-    steps = np.unique(steps) - 1
-    if len(steps) > _FITTING_STEPS:
-        raise UserError(f"--steps names {len(steps)} steps and {_FITTING_STEPS} fit on a page; give fewer")
+    shown = np.unique(np.linspace(1, T, min(_MOST_STEPS, T)).round().astype(int) if steps is None else steps) - 1
+    if len(shown) > _FITTING_STEPS:
+        raise UserError(f"--steps names {len(shown)} steps and {_FITTING_STEPS} fit on a page; give fewer")
     extent = (0, frames.shape[2], frames.shape[1], 0)
     with style():
         labels = {name: _two_lines(name) for name in ["input", *rates]}
         margins = 0.065 * max(len(line) for label in labels.values() for line in label.split("\n")) + 1.0  # inches
-        side = min((WIDTH - margins) / len(steps) - 0.06, 5.2 / (len(rates) + 1), 1.1)
+        side = min((WIDTH - margins) / len(shown) - 0.06, 5.2 / (len(rates) + 1), 1.1)
         height = side * frames.shape[1] / frames.shape[2]
-        size = (len(rates) + 1) * (height + 0.08) + 0.55, len(steps) * (side + 0.06) + margins
-        figure = _figure(*size, layout="compressed")  # the pictures keep their proportions and stay close together
-        axes = figure.subplots(len(rates) + 1, len(steps), squeeze=False)
+        size = (len(rates) + 1) * (height + 0.08) + 0.55, len(shown) * (side + 0.06) + margins
+        figure = _figure(*size, compress=True)  # the pictures keep their proportions and stay close together
+        axes = figure.subplots(len(rates) + 1, len(shown), squeeze=False)
         scale = _colour_bar(
-            figure, axes.ravel(), max(float(rate[steps].max()) for rate in rates.values()),
+            figure, axes.ravel(), max(float(rate[shown].max()) for rate in rates.values()),
             "channels that spike, share", alpha,
         )  # fmt: skip
         for row, (name, values) in enumerate([("input", None), *rates.items()]):
-            for ax, t in zip(axes[row], steps, strict=True):
+            for ax, t in zip(axes[row], shown, strict=True):
                 _only_picture(ax)
                 if values is None or shade:
                     darkest = (
@@ -160,8 +160,8 @@ def draw_spikes(
                         alpha=alpha,
                     )  # fmt: skip
             axes[row, 0].set_ylabel(labels[name], rotation=0, ha="right", va="center")
-        many = len(steps) > _MOST_STEPS  # no room for the word in every column
-        for ax, t in zip(axes[0], steps, strict=True):
+        many = len(shown) > _MOST_STEPS  # no room for the word in every column
+        for ax, t in zip(axes[0], shown, strict=True):
             ax.set_title(f"{t + 1}" if many else f"step {t + 1}", pad=2)
         figure.suptitle(f"{title}, numbers: time steps" if many else title)
     return figure
@@ -190,7 +190,7 @@ def draw_attention(
     scales, steps, channels = channel.shape
     with style():
         figure = _figure(4.6)
-        above, below = figure.subfigures(2, 1, height_ratios=(1.0, 1.25))
+        above, below = np.ravel(figure.subfigures(2, 1, height_ratios=(1.0, 1.25), squeeze=False))
         ax = above.subplots()
         x = np.arange(1, steps + 1)
         for s, kernel in enumerate(kernels):
