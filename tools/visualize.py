@@ -28,6 +28,8 @@ from models.neurons import reset_net
 from utils.analysis.azo_record import kernel_sizes, read_azo_record
 from utils.analysis.figures import draw_attention, draw_azo, draw_curves, draw_frames, draw_spikes, save
 from utils.analysis.inspection import Inspected, add_inspection, load_inspected
+from utils.analysis.labels import layer_labels
+from utils.analysis.predictions import sample_path
 from utils.analysis.runs import read_metrics
 from utils.args import above_zero, size, whole
 from utils.data.demo import GESTURES
@@ -50,10 +52,9 @@ def find_sample(test: EventFrames | ImageSet, wanted: str) -> int:
     Raises:
         UserError: there is none.
     """
-    paths = [Path(path) for path, _ in (test.files if isinstance(test, EventFrames) else test.samples)]
-    if wanted.isdecimal() and int(wanted) < len(paths):
+    if wanted.isdecimal() and int(wanted) < len(test):
         return int(wanted)
-    names = [sample_name(path) for path in paths]
+    names = [sample_name(sample_path(test, index)) for index in range(len(test))]
     if wanted not in names:
         raise UserError(
             f"--sample {wanted} is no test sample; give a number from 0 to {len(names) - 1} or a name, for instance "
@@ -82,8 +83,10 @@ def show_frames(args: argparse.Namespace) -> None:
     kind = Kind(args.timesteps, args.scale, args.full)
     kind.check(output)
     data = load_event_data(
-        args.data_set, data_dir, args.timesteps, sensor_size=args.sensor_size, demo=args.demo, frames="npz"
-    )
+        args.data_set, data_dir, args.timesteps, split=args.split,
+        split_seed=DATA_SETS[args.data_set].split_seed if args.split_seed is None else args.split_seed,
+        sensor_size=args.sensor_size, demo=args.demo, frames="npz",
+    )  # fmt: skip
     index = find_sample(data.test, args.sample)
     path, _ = data.test.files[index]
     frames = data.test[index][0].numpy()
@@ -150,9 +153,16 @@ def show_spikes(args: argparse.Namespace) -> None:
         inputs, _ = inspected.prepare(sample[None].to(process.device), torch.tensor([label]))
         maps = spike_maps(inspected.net, inputs, args.layers)
         T = len(next(iter(maps.values())))
-        title = f"{_name_of(inspected, index)}: spikes of the layers"
+        with torch.inference_mode():
+            logits = inspected.net(inputs)
+            reset_net(inspected.net)
+        predicted = int((logits.mean(0) if logits.ndim == 3 else logits).argmax(1))
+        labels = layer_labels(inspected.net)
+        name = sample_name(sample_path(inspected.test, index))
+        title = f"{name}; true: {inspected.classes[label]}, predicted: {inspected.classes[predicted]}"
         path = output / "figures" / f"spikes_{index}.png"
-        save(draw_spikes(_in_grey(sample, T), maps, title, args.over_input, args.steps), path)
+        labelled = {labels[name]: values for name, values in maps.items()}
+        save(draw_spikes(_in_grey(sample, T), labelled, title, args.over_input, args.steps), path)
         print(f"{path} shows {', '.join(maps)}")
 
 
@@ -161,11 +171,6 @@ def _in_grey(sample: Tensor, T: int) -> np.ndarray:
     if sample.ndim == 4:
         return sample.sum(1).clamp(0, 1).numpy()
     return (1 - sample.float().mean(0) / 255).expand(T, -1, -1).numpy()
-
-
-def _name_of(inspected: Inspected, index: int) -> str:
-    test = inspected.test
-    return sample_name(Path((test.files if isinstance(test, EventFrames) else test.samples)[index][0]))
 
 
 @torch.inference_mode()
@@ -216,9 +221,10 @@ def show_attention(args: argparse.Namespace) -> None:
         weights = mean_attention(inspected, process)
         if not process.is_first:
             return
+        labels = layer_labels(inspected.net)
         for name, (time, spread, channel) in weights.items():
             kernels = kernel_sizes(modules[name])
-            title = f"SMA at {name}: weights of the scales, mean of {len(inspected.test)} test samples"
+            title = f"{labels[name]}: weights of the scales, mean of {len(inspected.test)} test samples"
             path = output / "figures" / f"attention_{name}.png"
             save(draw_attention(time, spread, channel, kernels, title), path)
             print(path)
@@ -268,6 +274,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--demo", action="store_true", help="the built-in demo data")
     add("-T", "--timesteps", type=whole(1), default=16, metavar="T", help="frames per sample (default: 16)")
     add("--sensor-size", type=size(1), metavar="HxW", help="of another camera")
+    add("--split", default="random", metavar="random|first90|tebn|FILE", help="of the test samples (default: random)")
+    add("--split-seed", type=whole(0), metavar="N", help="of the random split (default: the recipe's)")
     add("--sample", default="0", metavar="N|NAME", help="test sample, by number or <class>/<sample> (default: 0)")
     add("--all", action="store_true", help="every frame of the data set; a second run makes what is missing")
     add("--threads", type=whole(1), default=4, metavar="N", help="with --all (default: 4)")
