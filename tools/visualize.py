@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if not __package__:  # run as a file: the modules of the repository are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,6 +31,7 @@ from utils.analysis.inspection import Inspected, add_inspection, load_inspected
 from utils.analysis.labels import layer_labels
 from utils.analysis.predictions import sample_path
 from utils.analysis.runs import read_metrics
+from utils.analysis.spikes import in_grey, predict, spike_maps
 from utils.args import above_zero, size, whole
 from utils.data.demo import GESTURES
 from utils.data.events import EventFrames, load_event_data
@@ -42,8 +43,6 @@ from utils.pictures import Kind, save_as_gif, save_as_pic, save_every_frame_of_a
 from utils.prepare.datasets import DATA_SETS, sample_name
 
 __all__ = ["make_parser", "mean_attention", "spike_maps"]
-
-MOST_LAYERS = 6
 
 
 def find_sample(test: EventFrames | ImageSet, wanted: str) -> int:
@@ -100,48 +99,6 @@ def show_frames(args: argparse.Namespace) -> None:
     print(f"strip.png, frames.gif and {len(frames)} frames are in {folder}")
 
 
-def neuron_layers(net: nn.Module) -> dict[str, nn.Module]:
-    """The spiking neurons of a network, by name."""
-    return {name: module for name, module in net.named_modules() if hasattr(module, "v_threshold")}
-
-
-@torch.inference_mode()
-def spike_maps(net: nn.Module, inputs: Tensor, wanted: list[str] | None) -> dict[str, np.ndarray]:
-    """Where a network spikes on one sample: name of a layer to the share of its channels that spike, ``[T, h, w]``.
-
-    Args:
-        net: in evaluation mode.
-        inputs: of one sample.
-        wanted: names of neuron layers; None: those outside SMA that have a map, at most six, evenly spread.
-
-    Raises:
-        UserError: a name is no layer with a map.
-    """
-    maps: dict[str, np.ndarray] = {}
-    handles = []
-
-    def keep(name: str, _module: nn.Module, _inputs: tuple[Tensor, ...], spikes: Tensor) -> None:
-        if spikes.ndim == 5:  # [T, 1, C, h, w]
-            maps[name] = spikes[:, 0].float().mean(1).cpu().numpy()
-
-    for name, module in neuron_layers(net).items():
-        handles.append(module.register_forward_hook(partial(keep, name)))
-    try:
-        net(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        reset_net(net)
-    if wanted is None:
-        outside = [name for name in maps if ".S_Convs." not in name]
-        chosen = np.unique(np.linspace(0, len(outside) - 1, min(MOST_LAYERS, len(outside))).round().astype(int))
-        wanted = [outside[i] for i in chosen]
-    for name in wanted:
-        if name not in maps:
-            raise UserError(f"--layers {name} is no layer of neurons with a map; this network has {', '.join(maps)}")
-    return {name: maps[name] for name in wanted}
-
-
 def show_spikes(args: argparse.Namespace) -> None:
     """Spike heat maps of one sample per layer and time step, over the input."""
     output = args.output_dir or args.weights.parent
@@ -153,24 +110,14 @@ def show_spikes(args: argparse.Namespace) -> None:
         inputs, _ = inspected.prepare(sample[None].to(process.device), torch.tensor([label]))
         maps = spike_maps(inspected.net, inputs, args.layers)
         T = len(next(iter(maps.values())))
-        with torch.inference_mode():
-            logits = inspected.net(inputs)
-            reset_net(inspected.net)
-        predicted = int((logits.mean(0) if logits.ndim == 3 else logits).argmax(1))
+        predicted = predict(inspected.net, inputs)
         labels = layer_labels(inspected.net)
         name = sample_name(sample_path(inspected.test, index))
         title = f"{name}; true: {inspected.classes[label]}, predicted: {inspected.classes[predicted]}"
         path = output / "figures" / f"spikes_{index}.png"
         labelled = {labels[name]: values for name, values in maps.items()}
-        save(draw_spikes(_in_grey(sample, T), labelled, title, args.over_input, args.steps), path)
+        save(draw_spikes(in_grey(sample, T), labelled, title, args.over_input, args.steps), path)
         print(f"{path} shows {', '.join(maps)}")
-
-
-def _in_grey(sample: Tensor, T: int) -> np.ndarray:
-    """A sample as grey pictures ``[T, H, W]``: where events are (polarities together), or an image, dark on white."""
-    if sample.ndim == 4:
-        return sample.sum(1).clamp(0, 1).numpy()
-    return (1 - sample.float().mean(0) / 255).expand(T, -1, -1).numpy()
 
 
 @torch.inference_mode()

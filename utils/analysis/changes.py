@@ -57,8 +57,8 @@ CHANGES: dict[str, Change] = {
     "steps reversed": lambda counts, _: counts[::-1],
     "first step at all steps": lambda counts, _: np.broadcast_to(counts[:1], counts.shape),
     "mean of the steps at all steps": lambda counts, _: np.broadcast_to(counts.mean(0, keepdims=True), counts.shape),
-    **{f"{share:.0%} of the events dropped": partial(dropped, share=share) for share in DROPPED},
-    **{f"noise: {share:.0%} more events": partial(noisy, share=share) for share in NOISE},
+    **{f"{100 * share:.0f} % of the events dropped": partial(dropped, share=share) for share in DROPPED},
+    **{f"noise: {100 * share:.0f} % more events": partial(noisy, share=share) for share in NOISE},
 }
 
 

@@ -19,7 +19,7 @@ from utils.data.images import ImageSet
 from utils.distributed import gather
 from utils.prepare.datasets import sample_name
 
-__all__ = ["Collector", "Predictions", "confusion_csv", "csv_text", "predictions_csv", "sample_path"]
+__all__ = ["Collector", "Predictions", "confusion_csv", "csv_text", "in_order", "predictions_csv", "sample_path"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,14 @@ def predictions_csv(found: Predictions, test: EventFrames | ImageSet, classes: S
         for i, (true, predicted, score) in enumerate(zip(found.true, found.predicted, found.score, strict=True))
     ]
     return csv_text([["sample", "true", "predicted", "correct", "score"], *rows])
+
+
+def in_order(matrix: np.ndarray, classes: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """A confusion matrix and its classes as people order them: 2 before 10 where the names are numbers."""
+    if not all(map(str.isdecimal, classes)):
+        return matrix, list(classes)
+    order = sorted(range(len(classes)), key=lambda label: int(classes[label]))
+    return matrix[np.ix_(order, order)], [classes[label] for label in order]
 
 
 def confusion_csv(matrix: np.ndarray, classes: Sequence[str]) -> str:
