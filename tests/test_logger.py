@@ -5,7 +5,6 @@ import os
 
 import pytest
 import torch
-from torch import nn
 
 from tests.conftest import rows
 from utils.distributed import Process
@@ -13,12 +12,12 @@ from utils.errors import UserError
 from utils.logger import RunLog
 
 ALONE = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-TRAIN = {"loss": 1.0, "acc1": 50.0, "left_out": 0, "skips": 0}
+TRAIN = {"loss": 1.0, "acc1": 50.0, "skips": 0}
 TEST = {"loss": 1.0, "acc1": 50.0, "correct": 1, "count": 2}
 
 
 def opened(folder, epochs_done):
-    log = RunLog(folder, ALONE, folder, nn.Linear(1, 1))
+    log = RunLog(folder, ALONE, folder)
     log.open({}, {}, epochs_done)
     return log
 
@@ -62,7 +61,7 @@ def test_a_log_that_cannot_be_written_is_one_sentence_in_every_process(tmp_path,
     with pytest.raises(UserError, match=full):
         opened(tmp_path, 0)
     # The second process hears of it.
-    monkeypatch.setattr("utils.logger.gather", lambda own: ["no room", own])
-    second = RunLog(tmp_path, Process(1, 1, 2, torch.device("cpu")), tmp_path, nn.Linear(1, 1))
+    monkeypatch.setattr("utils.distributed.gather", lambda own: ["no room", own])
+    second = RunLog(tmp_path, Process(1, 1, 2, torch.device("cpu")), tmp_path)
     with pytest.raises(UserError, match="no room"):
         second.epoch(1, 9, TRAIN, TEST, 0.1, 1.0)
