@@ -106,8 +106,7 @@ def show_spikes(args: argparse.Namespace) -> None:
         check_output(output)
         inspected = load_inspected(args, process)
         index = find_sample(inspected.test, args.sample)
-        sample, label = inspected.test[index]
-        inputs, _ = inspected.prepare(sample[None].to(process.device), torch.tensor([label]))
+        sample, label, inputs = inspected.sample(index, process.device)
         maps = spike_maps(inspected.net, inputs, args.layers)
         T = len(next(iter(maps.values())))
         predicted = predict(inspected.net, inputs)

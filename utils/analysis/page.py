@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from utils.analysis.figures import svg
 
-__all__ = ["figure_html", "page", "section", "table_html", "tiles"]
+__all__ = ["figure_html", "list_html", "page", "section", "table_html", "tiles"]
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1c2024; --faint: #5b6570; --line: #d9dee3; --card: #f5f7f9 }
@@ -22,13 +22,15 @@ body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; background: 
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .25rem } h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem }
 p { margin: .5rem 0; max-width: 46rem } .faint, figcaption { color: var(--faint); font-size: .9rem }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1.25rem 0 }
-.tile { background: var(--card); border-radius: .5rem; padding: .75rem 1rem } .tile b { display: block; font-size: 1.4rem }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(max(9.5rem, 30%), 1fr)); gap: .75rem;
+  margin: 1.25rem 0 }
+.tile { background: var(--card); border-radius: .5rem; padding: .75rem 1rem }
+.tile b { display: block; font-size: 1.4rem }
 .tile span { color: var(--faint); font-size: .85rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .9rem }
 th, td { text-align: left; vertical-align: top; padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line) }
 th { font-weight: 600 } td { font-variant-numeric: tabular-nums } td.n, th.n { text-align: right; white-space: nowrap }
-td.long { min-width: 18rem } figure { margin: 1rem 0 }
+td:first-child { min-width: 8rem } ul { padding-left: 1.2rem } li { max-width: 46rem } figure { margin: 1rem 0 }
 .paper { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: .5rem }
 .paper img { display: block; margin: 0 auto; min-width: 30rem; max-width: 100% }
 """
@@ -72,8 +74,13 @@ def table_html(lines: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> s
 
 
 def _cell(text: str, tag: str, number: bool) -> str:
-    kind = ' class="n"' if number else ' class="long"' if len(text) > 40 else ""
+    kind = ' class="n"' if number else ""
     return f"<{tag}{kind}>{escape(text)}</{tag}>"
+
+
+def list_html(lines: Sequence[str]) -> str:
+    """A list."""
+    return '<ul class="faint">' + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def figure_html(figure: Figure, caption: str) -> str:
