@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models import VGG8
@@ -47,6 +48,13 @@ class Inspected:
     prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     classes: list[str]
     facts: dict[str, str]
+
+    def sample(self, index: int, device: torch.device) -> tuple[Tensor, int, Tensor]:
+        """One test sample: as it is stored, its label, and the inputs of the network (a batch of one)."""
+        found = self.test[index]
+        assert found is not None  # only training leaves out images that cannot be read
+        sample, label = found
+        return sample, label, self.prepare(sample[None].to(device), torch.tensor([label]))[0]
 
 
 def add_inspection(parser: argparse.ArgumentParser) -> None:
