@@ -75,7 +75,7 @@ def test_a_log_that_cannot_be_written_is_one_sentence_in_every_process(tmp_path,
     with pytest.raises(UserError, match=full):
         opened(tmp_path, 0)
     # The second process hears of it.
-    monkeypatch.setattr("utils.logger.gather", lambda own: ["no room", own])
+    monkeypatch.setattr("utils.distributed.gather", lambda own: ["no room", own])
     second = RunLog(tmp_path, Process(1, 1, 2, torch.device("cpu")), tmp_path)
     with pytest.raises(UserError, match="no room"):
         second.epoch(1, 9, TRAIN, TEST, 0.1, 1.0)

@@ -132,8 +132,8 @@ def _report_and_leave(message: str, code: int) -> NoReturn:
 
         if code != EXIT_PROCESS_LOST and all_processes_say(message):
             speaks = os.environ.get("RANK") == "0"
-        else:
-            rank = f"rank {os.environ.get('RANK')}: "
+        elif "RANK" in os.environ:
+            rank = f"rank {os.environ['RANK']}: "
     if speaks and sys.stderr is not None:
         start = "\n" if code > 128 else ""  # after the ^C of the terminal and the progress bar
         print(f"{start}{os.path.basename(sys.argv[0])}: {rank}{message}", file=sys.stderr, flush=True)

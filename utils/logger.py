@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from utils.analysis.azo_record import AZORecord
 from utils.args import plain, words
-from utils.distributed import Process, fail_together, gather
+from utils.distributed import Process, fail_together
 from utils.errors import UserError
 from utils.files import occupy, read_text, replacing, write_text, writing
 
@@ -76,6 +76,7 @@ class RunLog:
         self, args: Mapping[str, Any], facts: Mapping[str, Any], epochs_done: int, split: str | None,
         earlier: Path | None,
     ) -> None:  # fmt: skip
+        _check_utf8(f"--log-dir {self.log_dir}")
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not for --help and evaluation
 
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -140,16 +141,14 @@ class RunLog:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Where the first process cannot write, all processes stop with one message."""
-        problem = None
-        try:
-            yield
-        except OSError as error:
-            problem = (
-                f"the log in --output-dir {self.directory} cannot be written: {error.strerror or error}; make room, "
-                "and the same command continues after the last saved epoch, or choose another --output-dir"
-            )
-        if problem := gather(problem)[0]:
-            raise UserError(problem)
+        with fail_together():
+            try:
+                yield
+            except OSError as error:
+                raise UserError(
+                    f"the log in --output-dir {self.directory} cannot be written: {error.strerror or error}; make "
+                    "room, and the same command continues after the last saved epoch, or choose another --output-dir"
+                ) from error
 
 
 def print_header(lines: Mapping[str, str], deviations: Mapping[str, tuple[Any, Any]]) -> None:
@@ -180,6 +179,8 @@ def progress_bar(
 ) -> Iterable:  # fmt: skip
     """The items under a progress bar (rate and time left), of several processes on the first one.
 
+    Without a terminal the bar is a line a minute, so that a log file has lines only.
+
     Args:
         items: to iterate over.
         what: in front of the bar.
@@ -189,13 +190,26 @@ def progress_bar(
         done: items of an earlier start, which the bar counts.
     """
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    interval = 0.2 if on_terminal else 30.0  # without a terminal a bar every 30 s keeps a log file short
+    interval = 0.2 if on_terminal else 60.0
     if done and total is None:
         total = done + len(items)  # type: ignore[arg-type]
     return tqdm(
         items, desc=what, unit=unit, total=total, initial=done, leave=False, mininterval=interval, delay=interval,
         disable=process is not None and not process.is_first, dynamic_ncols=True,
+        file=None if on_terminal else _LogFile(),
     )  # fmt: skip
+
+
+class _LogFile:
+    """Where a progress bar goes without a terminal: each state is a line of its own on stderr."""
+
+    def write(self, text: str) -> None:
+        if text.strip() and sys.stderr is not None:
+            sys.stderr.write(f"{text.strip()}\n")
+
+    def flush(self) -> None:
+        if sys.stderr is not None:
+            sys.stderr.flush()
 
 
 def check_output(directory: Path) -> None:
@@ -204,6 +218,7 @@ def check_output(directory: Path) -> None:
     Raises:
         UserError: it cannot be used.
     """
+    _check_utf8(f"--output-dir {directory}")
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         reason = "may not be written to" if existing.is_dir() else "is a file"
@@ -245,3 +260,13 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and value - value != 0:
         return None
     return plain(value)
+
+
+def _check_utf8(argument: str) -> None:
+    """TensorBoard takes no other names."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{argument} has a name that is not UTF-8, or the locale is not; choose another name, or set LC_ALL=C.UTF-8"
+        ) from error

@@ -218,8 +218,9 @@ class ImageData:
         """Lines ``part,class/image,bytes``; of very many images ``part,class,checksum`` of those of each class."""
         lines = []
         for part, images in (("train", self.train), ("test", self.test)):
-            for (path, _), size in zip(images.samples, images.sizes, strict=True) if images is not None else ():
-                lines.append(f"{part},{path.removeprefix(str(images.folder)).strip(os.sep)},{size}")
+            if images is not None:
+                names = (path.removeprefix(str(images.folder)).strip(os.sep) for path, _ in images.samples)
+                lines += [f"{part},{name},{size}" for name, size in zip(names, images.sizes, strict=True)]
         if len(lines) <= _MOST_LINES:
             return "".join(f"{line}\n" for line in lines)
         classes = groupby(lines, lambda line: line.partition("/")[0])

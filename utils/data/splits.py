@@ -156,7 +156,7 @@ def make_split(rule: str, names: Sequence[str], seed: int) -> Split:
     for label, group in groupby(sorted(names, key=_class_and_sample), lambda name: name.partition("/")[0]):
         of_class = list(group)
         if rule == "random":
-            random.Random(f"{seed}/{label}").shuffle(of_class)
+            random.Random(f"{seed}/{label}".encode("utf-8", "surrogateescape")).shuffle(of_class)
             cut = int(0.9 * len(of_class))
         elif rule == "first90":
             cut = math.ceil(0.9 * len(of_class))
