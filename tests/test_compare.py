@@ -12,7 +12,9 @@ from tests.test_operations import run_tool
 from tools import compare
 
 
-def write_run(path, seed, accuracies, count=200, epochs=None, data="DVS128 Gesture", batch=36, **settings):
+def write_run(
+    path, seed, accuracies, count=200, epochs=None, data="DVS128 Gesture", contents="a", batch=36, **settings
+):
     """The files of a finished run."""
     path.mkdir(parents=True)
     lines = ["epoch,train_loss,train_acc1,test_loss,test_acc1,lr,seconds"]
@@ -20,8 +22,8 @@ def write_run(path, seed, accuracies, count=200, epochs=None, data="DVS128 Gestu
     (path / "metrics.csv").write_text("\n".join(lines) + "\n")
     args = {"seed": seed, "epochs": epochs or len(accuracies), "AZO": True, "output_dir": str(path), **settings}
     facts = {
-        "data": {"title": data, "folder": str(path)}, "split": {"rule": "own", "fingerprint": "01234567"},
-        "batch": {"global": batch},
+        "data": {"name": "dvs128", "title": data, "folder": str(path)}, "batch": {"global": batch},
+        "split": {"rule": "own", "fingerprint": "01234567", "contents": contents},
     }  # fmt: skip
     (path / "args.json").write_text(json.dumps({"args": args, **facts}))
     evaluation = {"acc1": accuracies[-1], "count": count, "selection": "final", **facts}
@@ -70,7 +72,8 @@ def test_a_small_difference_of_one_seed_each_says_nothing(tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"data": "CIFAR10-DVS"}, "differ in data (CIFAR10-DVS / DVS128 Gesture)"),
+        ({"data": "CIFAR10-DVS", "contents": "b"}, "differ in data (CIFAR10-DVS / DVS128 Gesture)"),
+        ({"contents": "b"}, "differ in data (a / b)"),
         ({"count": 100}, "differ in test samples (100 / 200)"),
         ({"seed": 1, "accuracies": [80]}, "same settings and seed 1"),
         ({"epochs": 9}, "is not finished: 1 of 9 epochs"),
