@@ -107,32 +107,41 @@ def export_program(args: argparse.Namespace) -> None:
 def _known_of_run(path: Path, known: Mapping[str, Any], evaluation: Path | None) -> dict[str, Any]:
     """Epoch, what selected it, and the accuracy of the weights where a file of the run holds it."""
     trained = training_facts(known)
-    if known.get("accuracy") and evaluation is None:
+    if evaluation is not None:
+        found = _read_evaluation(evaluation)
+        if "acc1" not in found:
+            raise UserError(f"--evaluation {evaluation} holds no acc1; give the evaluation.json that a script wrote")
+        if found.get("sha256") not in (None, sha256_of(path)):
+            raise UserError(
+                f"--evaluation {evaluation} is of other weights ({found.get('weights')}); give that of {path}"
+            )
+    elif known.get("accuracy"):
         return trained
-    found = _read_evaluation(evaluation or path.with_name(f"evaluation_of_{path.stem}.json"), evaluation is not None)
-    if evaluation is None and not _same_file(found.get("weights"), path):
-        found = {}
-    if not found and "final" in trained["selection"]:
-        found = _read_evaluation(path.with_name("evaluation.json"), needed=False)
-        found = found if found.get("selection") == "final" else {}
-    if not found and "best" in trained["selection"]:
-        found = {"acc1": known["best"]["acc1"]}
-    if evaluation is not None and "acc1" not in found:
-        raise UserError(f"--evaluation {evaluation} holds no acc1; give the evaluation.json that a script wrote")
+    else:
+        found = _evaluation_next_to(path, trained)
     accuracy = {name: found[name] for name in _ACCURACY if name in found}
+    if not accuracy and "best" in trained["selection"]:
+        accuracy = {"acc1": known["best"]["acc1"]}
     facts = {name: found[name] for name in ("data", "split") if name in found}
     return {**trained, **({"accuracy": accuracy} if accuracy else {}), **({"facts": facts} if facts else {})}
 
 
-def _same_file(stored: Any, path: Path) -> bool:
-    return isinstance(stored, str) and Path(stored).resolve() == path.resolve()
+def _evaluation_next_to(path: Path, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """What a script wrote of an evaluation of these weights, or of the final epoch of the run that they end."""
+    for name in (f"evaluation_of_{path.stem}.json", "evaluation.json"):
+        if (file := path.with_name(name)).exists():
+            found = _read_evaluation(file)
+            final = found.get("selection") == "final" and "final" in trained["selection"]
+            if found["sha256"] == sha256_of(path) if "sha256" in found else final:
+                return found
+    return {}
 
 
-_EVALUATION: Fields = {"acc1": (float, None), "correct": (int, None), "count": (int, None), "weights": (str, None)}
+_EVALUATION: Fields = {"acc1": (float, None), "correct": (int, None), "count": (int, None), "sha256": (str, None)}
 
 
-def _read_evaluation(path: Path, needed: bool) -> dict[str, Any]:
-    return read_json(path, _EVALUATION, "the file that a script wrote") if needed or path.exists() else {}
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    return read_json(path, _EVALUATION, "the file that a script wrote")
 
 
 def _accuracy_in_words(facts: Mapping[str, Any]) -> str:

@@ -26,7 +26,11 @@ FORMAT = 4  # 3: one dropout mask a step, another ImageNet schedule, another --d
 _WRAPPERS = ("model", "net", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
 _MAY_BEGIN_LATER = "azo"  # the record of what AZO replaces changes nothing in a run
-_KINDS = {"epoch": int, "recipe": Mapping, "facts": Mapping, "best": Mapping, "versions": Mapping}  # as we write them
+# As this program writes them; anything else under these names is ignored.
+_KINDS = {
+    "epoch": int, "recipe": Mapping, "facts": Mapping, "best": Mapping, "versions": Mapping, "accuracy": Mapping,
+    "selection": str, "steps": int,
+}  # fmt: skip
 
 
 def load_weights(net: nn.Module, path: str | Path) -> None:

@@ -28,6 +28,7 @@ from utils.data.loaders import set_epoch
 from utils.distributed import Process, start
 from utils.engine import Progress
 from utils.errors import StopRequested, user_input
+from utils.exported import sha256_of
 from utils.facts import facts_of_run, header, training_facts
 from utils.logger import (
     RunLog,
@@ -180,7 +181,7 @@ class Run:
         if output is None or (output / "metrics.csv").exists():
             path = path.with_name(f"evaluation_of_{weights.stem}.json")
         print(f"{evaluation_in_words(result)}  split {self.facts['split']['fingerprint']}")
-        write_json(path, {**result, "weights": weights, **self.facts})
+        write_json(path, {**result, "weights": weights, "sha256": sha256_of(weights), **self.facts})
         print(f"written to {path}", flush=True)
 
     def save_inside(self) -> None:
