@@ -12,7 +12,6 @@ import pytest
 
 from docs.study import study
 from tests.conftest import ROOT, SCRIPTS
-from tests.reliability import reliability
 from tools import (
     benchmark,
     compare,
@@ -39,7 +38,6 @@ PARSERS = {path.name: event_parser("", RECIPE) for path in SCRIPTS.values()} | {
     "tools/report.py": report.make_parser(),
     "tools/visualize.py": visualize.make_parser(),
     "tools/compare.py": compare.make_parser(),
-    "tests/reliability/reliability.py": reliability.make_parser(),
     "tools/export.py": export.make_parser(),
     "docs/study/study.py": study.make_parser(),
 }
