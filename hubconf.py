@@ -59,10 +59,11 @@ def _make(name: str, weights: str | os.PathLike | None, keywords: dict[str, typi
     factory = getattr(models, name)
     if weights is None:
         return factory(**keywords)
-    stored, known = _checkpoint.read_weights(weights)
+    path = os.fspath(weights)
+    stored, known = _checkpoint.read_weights(path)
     network, inferred = _networks.describe_network(stored, known)
     if network == name or (network == "VGG8" and name.startswith("sma_vgg8")):
         keywords = {**inferred, **keywords}
     net = factory(**keywords)
-    _checkpoint.put_weights(net, stored, weights)
+    _checkpoint.put_weights(net, stored, path)
     return net

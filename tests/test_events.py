@@ -250,6 +250,21 @@ def test_resized_frames_are_the_same_packed_and_not(gesture_data):
         assert torch.equal(packed.train[index][0], read.train[index][0])
 
 
+def test_the_folders_of_the_published_splitters_are_taken_as_a_split(folder_data, tmp_path):
+    data = load_event_data("ncaltech101", folder_data, 4)
+    for part, samples in {"train_dataset": data.train.files, "test_dataset": data.test.files}.items():
+        for path, _ in samples:
+            target = tmp_path / part / path.parent.name / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    for _ in range(2):  # also beside what the first start made there
+        found = load_event_data("ncaltech101", tmp_path, 4)
+        assert found.classes == data.classes
+        for one, other in ((found.train, data.train), (found.test, data.test)):
+            assert [(p.name, label) for p, label in one.files] == [(p.name, label) for p, label in other.files]
+            assert all(torch.equal(one[i][0], other[i][0]) for i in range(len(one)))
+
+
 def test_flip_and_shift_is_the_same_for_all_frames_and_drops_what_leaves():
     frames = torch.zeros(3, 2, 16, 16)
     frames[:, 0, 8, 3] = 1.0

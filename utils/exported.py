@@ -56,7 +56,7 @@ def read_exported(path: Path) -> dict[str, Any]:
         UserError: it is missing or cannot be opened.
     """
     with reading(path, f"the path of a {SUFFIX} file") as content:
-        _check_sum(path, hashlib.file_digest(content, "sha256").hexdigest())
+        _check_sum(path, hashlib.file_digest(content, "sha256").hexdigest())  # type: ignore[arg-type]
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary

@@ -15,10 +15,16 @@ from models.sma import SMA
 from utils.errors import UserError
 from utils.files import replacing
 
-__all__ = ["AZORecord", "read_azo_record"]
+__all__ = ["AZORecord", "kernel_sizes", "read_azo_record"]
 
 FOLDER = "azo"
 _BATCHES, _KERNELS = "batches", "kernels"
+
+
+def kernel_sizes(sma: SMA) -> list[int]:
+    """Kernel size of every scale."""
+    branches: Any = sma.S_Convs
+    return [branch.conv.kernel_size[0] for branch in branches]
 
 
 class AZORecord:
@@ -41,7 +47,7 @@ class AZORecord:
                 shape = (len(module.S_Convs), module.time, module.channel)
                 self._counts[name] = torch.zeros(shape, dtype=torch.int32, device=device)
                 self._batches[name] = 0
-                self._kernels = [branch.conv.kernel_size[0] for branch in module.S_Convs]  # the same in all SMA
+                self._kernels = kernel_sizes(module)  # the same in all SMA
                 module.observer = self._observer(name)
 
     def __bool__(self) -> bool:
@@ -79,9 +85,10 @@ class AZORecord:
         """Write the counts of ``epoch`` into the run directory, whole or not at all, and start those of the next."""
         path = run / FOLDER / f"epoch_{epoch:04}.npz"
         path.parent.mkdir(exist_ok=True)
-        counts = {name: count.cpu().numpy() for name, count in self._counts.items()}
+        content: dict[str, Any] = {name: count.cpu().numpy() for name, count in self._counts.items()}
+        content |= {_BATCHES: max(self._batches.values()), _KERNELS: self._kernels}
         with replacing(path) as file:
-            np.savez_compressed(file, **counts, **{_BATCHES: max(self._batches.values()), _KERNELS: self._kernels})
+            np.savez_compressed(file, **content)
         for name, count in self._counts.items():
             count.zero_()
             self._batches[name] = 0

@@ -19,7 +19,7 @@ from utils.data.store import Store
 from utils.errors import DataError, UserError
 from utils.prepare.archives import find_archives
 from utils.prepare.checks import CHECKS
-from utils.prepare.datasets import DATA_SETS, DataSet
+from utils.prepare.datasets import DATA_SETS, SPLIT_FOLDERS, DataSet
 from utils.prepare.frames import read_frames, resized
 from utils.prepare.job import Job
 from utils.prepare.lock import one_process_at_a_time
@@ -140,7 +140,8 @@ def load_event_data(
         name: a key of ``DATA_SETS``.
         data_dir: its folder; what must lie there stands at the top of ``utils/prepare/stages.py``.
         T: frames per sample.
-        split: one of ``utils.data.splits.RULES`` or a split file; ignored by data with train and test folders.
+        split: one of ``utils.data.splits.RULES`` or a split file; ignored by data with train and test folders, and by
+            frames in ``train_dataset/`` and ``test_dataset/``, as the published splitters leave them.
         split_seed: of the random split.
         sensor_size: (H, W) of the camera, where the recordings are of another one (N-MNIST: 34, 34).
         frame_size: (H, W) to resize to; None keeps the sensor's.
@@ -163,6 +164,8 @@ def load_event_data(
         title = f"demo gestures laid out as {about.title}"
         data_dir = write_demo(data_dir, "gesture" if about.has_split else "folders", about.sensor, about.demo_classes)
         split = str(data_dir / "split.csv")
+    elif all((Path(data_dir) / folder).is_dir() for folder in SPLIT_FOLDERS):
+        about = replace(about, has_split=True, is_split_by_folder=True)
     official = not (any_archive or demo or sensor_size is not None)
     if sensor_size is not None:
         about = replace(about, sensor=_pair(sensor_size))

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
 
 from utils.distributed import Process
 from utils.errors import UserError
@@ -94,13 +94,13 @@ def make_loaders(
     own = torch.Generator()
     test_batches = _Loader(data.test, sampler=_Shard(len(data.test), process), generator=own, **common)
     if data.train is None:
-        return _Loader(range(0)), test_batches
+        return _Loader(TensorDataset(torch.empty(0))), test_batches
     needed = (batch_size if drop_last else 1) * process.world_size
     if len(data.train) < needed:
+        share = f"{needed // process.world_size} for each of {process.world_size} process(es)"
         raise UserError(
-            f"--batch-size: a step takes at least {needed} training samples ({needed // process.world_size} for each "
-            f"of {process.world_size} process(es)) and there are {len(data.train)}; use a smaller batch or fewer "
-            "processes"
+            f"--batch-size: a step takes {'' if drop_last else 'at least '}{needed} training samples ({share}) and "
+            f"there are {len(data.train)}; use a smaller batch or fewer processes"
         )
     sampler = _Shuffled(data.train, process.world_size, process.rank, seed=seed, drop_last=drop_last)
     return _Loader(data.train, sampler=sampler, drop_last=drop_last, **common), test_batches

@@ -190,6 +190,7 @@ class Store:
         """Raises DataError where the bytes are not those that were written."""
         import blosc2
 
+        index = range(len(self))[index]
         frames = np.empty(self.contents.shape, self.contents.dtype)
         try:
             if self._array is None:

@@ -41,7 +41,7 @@ def check_recordings(job: Job) -> None:
     def work(recording: Recording) -> BadFile | None:
         try:
             for events in recording.read():
-                checked_events(recording.path, events, job.about.sensor)
+                checked_events(Path(recording.path), events, job.about.sensor)
         except RecordingError as error:
             return BadFile(error.path, error.what, recording.samples[0])
         return None

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from utils.data.folders import BadFile
 
-__all__ = ["DATA_SETS", "DataSet", "frames_name", "sample_name"]
+__all__ = ["DATA_SETS", "SPLIT_FOLDERS", "DataSet", "frames_name", "sample_name"]
+
+SPLIT_FOLDERS = ("train_dataset", "test_dataset")  # of the published splitters
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,13 @@ class DataSet:
     sample_names: str  # a pattern: those of its official samples
     class_names: tuple[str, ...] = ()  # where they are known
     rules: tuple[str, ...] = ("random", "first90")  # of its splits
+    is_split_by_folder: bool = False  # frames in SPLIT_FOLDERS, as the published splitters leave them
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The folders above its classes."""
+        if self.is_split_by_folder:
+            return SPLIT_FOLDERS
         return ("train", "test") if self.has_split else ()
 
     def missing(self, data_dir: Path) -> str:
