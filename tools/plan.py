@@ -16,7 +16,8 @@ Give a script and its own flags, and these of the plan:
 
 Memory is counted on shapes alone: every tensor that a step allocates, in blocks of 512 bytes. Unknown are what CUDA and
 its libraries take (context, workspaces of convolutions) and what the allocator cannot use: a tenth of the card is left
-for that. Times are lower bounds: no card reaches its peak in this network.
+for that. Times are those of direct convolutions at the peak rate. Real ones are usually longer; a library that
+transforms 3x3 convolutions (Winograd) needs fewer operations and can be below.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def _plan(task: Task, step: Step, at_once: int, args: argparse.Namespace, cards:
         "forward and backward",
         f"exchanged a step        {sent:.3g} GB each way in every process" if processes > 1 else
         "exchanged a step        nothing",
-        f"an epoch                {steps} steps; at least {_time(steps * max(compute, exchange))}: "
+        f"an epoch                {steps} steps; {_time(steps * max(compute, exchange))} at the peak rate: "
         f"{1000 * compute:.3g} ms of operations at {args.peak:g} TFLOP/s, with {1000 * exchange:.3g} ms of exchange "
         f"at {slowest:.3g} GB/s in parallel",
         "",
