@@ -88,7 +88,7 @@ def test_the_paired_interval_holds_the_change_and_is_the_same_in_every_run():
     rng = np.random.default_rng(1)
     before, after = rng.random(500) < 0.8, rng.random(500) < 0.6
     change, low, high = paired_difference(before, after)
-    assert change == after.mean() - before.mean() and low < change < high < 0
+    assert change == pytest.approx(after.mean() - before.mean()) and low < change < high < 0
     assert paired_difference(before, after) == (change, low, high)
     expected = 1.96 * np.std(after.astype(float) - before) / np.sqrt(500)
     assert (high - low) / 2 == pytest.approx(expected, rel=0.05)

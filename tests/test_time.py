@@ -60,6 +60,6 @@ def test_what_has_no_time_is_refused(tmp_path, gesture_data):
     arguments = ["--weights", tmp_path / "one.pt", "-T", 1, "--data-dir", gesture_data, "--frame-size", 32]
     code, _, err = run_as_user(report.main, *arguments, *common)
     assert code == 2 and "--time needs a network with at least 2 time steps" in err
-    torch.save(sma_ms_resnet18(T=2, num_classes=10, width=0.0625).state_dict(), tmp_path / "image.pt")
+    torch.save(sma_ms_resnet18(T=2, num_classes=6, width=0.0625).state_dict(), tmp_path / "image.pt")
     code, _, err = run_as_user(report.main, "--weights", tmp_path / "image.pt", "--demo", "--image-size", 32, *common)
     assert code == 2 and "--time is for event data" in err
