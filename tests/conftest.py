@@ -80,6 +80,17 @@ def load_script(name):
     return module
 
 
+def parse(name, *arguments):
+    """The settings of a script for a command line: ``parse("dvs128", "-N", 7)``."""
+    from utils.event_args import parse_event_args  # not above: models must not be imported before the lines there
+    from utils.image_args import parse_image_args
+
+    module, argv = load_script(name), list(map(str, arguments))
+    if name == "imagenet":
+        return parse_image_args(module.SETTINGS, module.__doc__, argv)
+    return parse_event_args(module.SETTINGS, module.__doc__, module.DATA_SET, argv)
+
+
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Run a script's main in this process: ``script("dvs128", "--lr", "0.1")`` gives (exit code, stdout, stderr)."""

@@ -367,7 +367,7 @@ def _paired(rows: Sequence[dict[str, str]], name: str, variant: str, base: str) 
 
 
 def findings(rows: Sequence[dict[str, str]]) -> str:
-    """What AZO adds to SMA, and what SMA's weights do: the second table of the README, and the sentences before it."""
+    """What AZO adds to SMA, and what SMA's weights do: second table of docs/results.md and its text."""
     rows = [row for row in rows if row["measured_on"] == TEST]
     text = []
     for name in SETTINGS:
@@ -401,7 +401,7 @@ def _mean_of(rows: Sequence[dict[str, str]], column: str) -> list[float]:
 
 
 def to_markdown(lines: Sequence[dict[str, Any]]) -> str:
-    """The table of the README."""
+    """The first table of docs/results.md."""
     text = [
         "| data | variant | lr | accuracy, % | seeds | difference, points (95 % interval) | step, times | parameters |",
         "|---|---|---|---|---|---|---|---|",
