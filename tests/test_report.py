@@ -15,7 +15,8 @@ from torch import nn
 
 from models import VGG8, sma_ms_resnet18
 from models.neurons import lif
-from tools import report, visualize
+from tests.conftest import ROOT
+from tools import export, report, visualize
 from utils.analysis.changes import CHANGES
 from utils.analysis.energy import conventions, count_by_spikingjelly
 from utils.analysis.labels import layer_labels
@@ -239,3 +240,12 @@ def test_frames_of_a_split_that_the_user_names(folder_data, tmp_path):
     code, _, err = run_as_user(visualize.main, *common, "--split", split, "--output-dir", tmp_path / "out")
     assert code == 0, err
     assert (tmp_path / "out/crab/image_0007/strip.svg").exists()
+
+
+def test_the_commands_of_the_page_about_analysis_parse():
+    page_text = (ROOT / "docs/analysis.md").read_text(encoding="utf-8")
+    parsers = {"report": report.make_parser(), "visualize": visualize.make_parser(), "export": export.make_parser()}
+    commands = re.findall(r"^python tools/(\w+)\.py (.*)$", page_text, flags=re.MULTILINE)
+    assert {name for name, _ in commands} == set(parsers) and len(commands) >= 9
+    for name, arguments in commands:
+        parsers[name].parse_args(arguments.split())

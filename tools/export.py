@@ -86,9 +86,7 @@ def export_hub(args: argparse.Namespace) -> None:
     if curves:
         run = args.file.parent
         save(draw_curves({run.resolve().name: read_metrics(run)}), args.output / "curves.png")
-    print(
-        f"{args.output}: model.safetensors ({len(weights)} tensors), config.json, README.md (read it and complete it)"
-    )
+    print(f"{args.output}: model.safetensors ({len(weights)} tensors), config.json, README.md: read and complete it")
 
 
 def _weights_and_facts(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Any]]:
