@@ -182,7 +182,7 @@ def show_azo(args: argparse.Namespace) -> None:
     epochs, kernels, shares = read_azo_record(args.run)
     for name, share in shares.items():
         path = output / "figures" / f"azo_{name}.png"
-        title = f"{sma_label(name)}: values that Attention ZoneOut replaced in training (step 1 has no step before it and stays)"
+        title = f"{sma_label(name)}: replaced by Attention ZoneOut in training (step 1 has no step before it and stays)"
         save(draw_azo(epochs, share, kernels, title), path)
         print(path)
 

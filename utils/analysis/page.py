@@ -87,7 +87,8 @@ def figure_html(figure: Figure, caption: str) -> str:
     """A figure, on white in the dark, too: the colours of its scales stay what they are."""
     width = round(96 * figure.get_size_inches()[0])
     data = base64.b64encode(svg(figure).encode()).decode()
+    size = f'width="{width}" style="min-width: {min(width, 480)}px"'
     return (
-        f'<figure><div class="paper"><img width="{width}" style="min-width: {min(width, 480)}px" alt="{escape(caption)}" '
+        f'<figure><div class="paper"><img {size} alt="{escape(caption)}" '
         f'src="data:image/svg+xml;base64,{data}"></div><figcaption>{escape(caption)}</figcaption></figure>'
     )
