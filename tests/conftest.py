@@ -121,6 +121,13 @@ def script(monkeypatch, capsys):
     return run
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that start real processes are slow."""
+    for item in items:
+        if "launch" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def launch():
     """Start a real process; ``launch([...])`` gives the finished process with its text output."""
