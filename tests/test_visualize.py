@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from docs.figures import draw_sma
 from models import VGG8
 from tests.conftest import write_events
 from tests.test_operations import lively, run_tool
-from tools import draw_sma, visualize
+from tools import visualize
 from utils.data.splits import RULES
 from utils.errors import UserError
 
@@ -121,7 +122,7 @@ def test_a_figure_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch, ca
     [
         (["frames"], "either --data-dir DIR or --demo"),
         (["azo", "nowhere"], "has no record of AZO"),
-        (["curves", "nowhere"], "cannot be read as the metrics of a run"),
+        (["curves", "nowhere"], "file nowhere/metrics.csv does not exist; give the --output-dir of a run"),
         (["spikes", "--weights", "nowhere.pt"], "nowhere.pt does not exist"),
         (["wrong"], "invalid choice"),
     ],
