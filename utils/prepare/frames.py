@@ -108,7 +108,7 @@ def read_record(path: Path) -> Record:
     found: Record = {}
     text = read_text(path) or ""
     with contextlib.suppress(ValueError):
-        for line in text.removeprefix(_RECORD).splitlines() if text.startswith(_RECORD) else ():
+        for line in text.removeprefix(_RECORD).split("\n")[:-1] if text.startswith(_RECORD) else ():
             size, changed, source_size, source_changed, content, frames, *numbers, name = line.split(" ", 9)
             facts = Facts(content, frames, *map(int, numbers))
             found[name] = Stamp(int(size), int(changed)), Stamp(int(source_size), int(source_changed)), facts
