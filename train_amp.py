@@ -4,9 +4,9 @@ Try it without data:   python train_amp.py --demo
 One GPU, or the CPU:   python train_amp.py -net resnet18 --data-dir DIR
 6 GPUs, as published:  python -m torch.distributed.launch --master_port=1234 --nproc_per_node=6 train_amp.py
                        -net resnet18 -b 384 -lr 0.1 --data-dir DIR
-2 machines of 4 GPUs:  see "Several machines" in README.md
+2 machines of 4 GPUs:  see "Several machines" in docs/training.md
 Evaluate weights:      python train_amp.py --data-dir DIR --evaluate --weights FILE
-ResNet-104 with AZO:   see "ImageNet-1K" in README.md: training, then 50 epochs with --AZO from its weights
+ResNet-104 with AZO:   see "ImageNet-1K" in docs/training.md: 50 more epochs with --AZO, from trained weights
 
 Reported by the authors on 10 GPUs (not measured here): 77.1 % top-1 with SMA-AZO-ResNet104.
 """

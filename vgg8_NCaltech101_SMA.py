@@ -3,7 +3,7 @@
 Try it without data:   python vgg8_NCaltech101_SMA.py --demo
 One GPU, or the CPU:   python vgg8_NCaltech101_SMA.py --data-dir DIR
 4 GPUs, as published:  torchrun --nproc_per_node 4 vgg8_NCaltech101_SMA.py --data-dir DIR
-2 machines of 4 GPUs:  see "Several machines" in README.md
+2 machines of 4 GPUs:  see "Several machines" in docs/training.md
 Evaluate weights:      python vgg8_NCaltech101_SMA.py --data-dir DIR --evaluate --weights FILE
 
 Reported by the authors on 4 GPUs (not measured here): 82.9 % with SMA (--no-AZO), 83.7 % with ReLU branches
@@ -38,6 +38,7 @@ RECIPE = {
     "weight_decay": 0.0,  # of NAdam
     "momentum_decay": 1e-3,
     "seed": 3402,
+    "split": "random",
     "split_seed": 3402,
 }
 # What --demo changes: small enough to learn in minutes on a CPU.

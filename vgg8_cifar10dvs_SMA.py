@@ -3,7 +3,7 @@
 Try it without data:   python vgg8_cifar10dvs_SMA.py --demo
 One GPU, or the CPU:   python vgg8_cifar10dvs_SMA.py --data-dir DIR
 4 GPUs, as published:  torchrun --nproc_per_node 4 vgg8_cifar10dvs_SMA.py --data-dir DIR
-2 machines of 4 GPUs:  see "Several machines" in README.md
+2 machines of 4 GPUs:  see "Several machines" in docs/training.md
 Evaluate weights:      python vgg8_cifar10dvs_SMA.py --data-dir DIR --evaluate --weights FILE
 
 Reported by the authors on 4 GPUs (not measured here): 82.6 % with SMA (--no-AZO), 83.1 % with ReLU branches
@@ -37,6 +37,7 @@ RECIPE = {
     "lr": 1e-3,
     "weight_decay": 0.0,  # of Adam
     "seed": 3404,
+    "split": "random",
     "split_seed": 3404,
     "flip": True,
 }

@@ -3,7 +3,7 @@
 Try it without data:   python vgg8_dvs128_SMA.py --demo
 One GPU, or the CPU:   python vgg8_dvs128_SMA.py --data-dir DIR
 4 GPUs, as published:  torchrun --nproc_per_node 4 vgg8_dvs128_SMA.py --data-dir DIR
-2 machines of 4 GPUs:  see "Several machines" in README.md
+2 machines of 4 GPUs:  see "Several machines" in docs/training.md
 Evaluate weights:      python vgg8_dvs128_SMA.py --data-dir DIR --evaluate --weights FILE
 
 Reported by the authors on 4 GPUs (not measured here): 97.92 % without attention, 98.3 % with SMA (--no-AZO),
@@ -39,7 +39,7 @@ RECIPE = {
 }
 # What --demo changes: small enough to learn in two minutes on two CPU cores.
 DEMO = {"timesteps": 4, "width": 0.25, "frame_size": [32, 32], "num_workers": 0}
-DEMO |= {"batch_size": 8, "epochs": 24, "lr": 2e-3}
+DEMO |= {"batch_size": 8, "epochs": 30, "lr": 3e-3}
 SETTINGS = event_settings(RECIPE, DEMO)
 
 

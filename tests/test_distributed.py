@@ -43,6 +43,7 @@ def free_port(monkeypatch):
     ("error", "is_loss"),
     [
         (RuntimeError("[/x/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
         (torch.distributed.DistBackendError("NCCL watchdog timed out"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (UserError("--lr"), False),

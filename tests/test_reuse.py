@@ -21,7 +21,7 @@ from utils.errors import UserError, exit_with_sentence
 from utils.exported import read_exported, write_exported
 from utils.networks import describe_network
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/modules.md")]
 
 ALONE = """
 import pathlib, sys
@@ -58,9 +58,9 @@ for number in range(3):
 """
 
 
-def test_the_file_alone_works_in_the_three_networks_of_the_readme(tmp_path, launch):
+def test_the_file_alone_works_in_the_three_networks_of_the_docs(tmp_path, launch):
     shutil.copy(ROOT / "models" / "sma.py", tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    blocks = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)]
     examples = [block for block in blocks if "from models.sma import SMA" in block]
     assert len(examples) == 3
     for number, example in enumerate(examples):

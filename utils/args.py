@@ -56,8 +56,7 @@ class Setting:
         parser: further keywords of ``add_argument``.
         shown: the default in the help, where the value itself says less.
         depends: what depends on it: the result of ``"training"``, also that of an ``"evaluation"``, or nothing.
-        stored: where a weights file says it: in the names and shapes of its ``"weights"``, or in the recipe that a
-            ``"run"`` of this project stored with them.
+        stored: whether a weights file says it, by names and shapes or in the recipe that a run stored with them.
         in_recipe: only scripts whose recipe names it have it.
     """
 
@@ -69,7 +68,7 @@ class Setting:
     parser: Mapping[str, Any] | None = None
     shown: str | None = None
     depends: str = ""
-    stored: str = ""
+    stored: bool = False
     in_recipe: bool = False
 
     @property
@@ -81,6 +80,25 @@ class Setting:
     def flag(self) -> str:
         """How a message writes it."""
         return self.flags.split()[-1]
+
+    def check(self, value: Any) -> Any:
+        """A value from a file, as the command line would take it.
+
+        Raises:
+            ValueError: the command line would not.
+        """
+        keywords = self.parser or {}
+        if isinstance(self.default, bool):
+            if isinstance(value, bool):
+                return value
+        elif keywords.get("nargs") == "*":
+            if isinstance(value, list):
+                return [self.parse(str(one)) if self.parse else one for one in value]
+        elif self.parse is not None:
+            return self.parse("x".join(map(str, value)) if isinstance(value, list) else str(value))
+        elif isinstance(value, str) and value in keywords.get("choices", [value]):
+            return value
+        raise ValueError(f"{value!r:.40} is not allowed")
 
 
 class Settings:
@@ -152,18 +170,27 @@ class Settings:
             return {}
         weights, known = read_weights(given["weights"])
         network = settings_of_weights(weights, self.family)
+        recipe = known["recipe"] if isinstance(known.get("recipe"), Mapping) else {}
+        found = {}
         for one in self.table:
-            if one.stored and one.name in network and one.name in given and given[one.name] != network[one.name]:
+            if not one.stored:
+                continue
+            if one.name in network and one.name in given and given[one.name] != network[one.name]:
                 raise UserError(
                     f"{one.flag} {words(given[one.name])} does not fit weights file {given['weights']}, which "
                     f"was trained with {words(network[one.name])}; leave the argument out"
                 )
-        recipe = known.get("recipe")
-        of_run = recipe if isinstance(recipe, Mapping) else {}
-        inputs = {s.name: of_run[s.name] for s in self.table if s.stored == "run" and s.name in of_run}
+            if recipe.get(one.name) is not None and one.flags.startswith("-"):
+                try:
+                    found[one.name] = one.check(recipe[one.name])
+                except (ValueError, argparse.ArgumentTypeError) as error:
+                    raise UserError(
+                        f"weights file {given['weights']} holds a recipe that this program did not write "
+                        f"({one.name}: {error}); use its weights alone"
+                    ) from error
         if "data_dir" in given:
-            inputs.pop("demo", None)
-        return {**inputs, **network}
+            found.pop("demo", None)
+        return {**found, **network}
 
 
 # Flags of earlier versions: what to do now.
@@ -256,7 +283,7 @@ def azo_settings(default: bool) -> list[Setting]:
 def branch_settings() -> list[Setting]:
     """The settings of the convolutions inside SMA."""
     return [
-        Setting("branch_groups", default=1, group="network", depends="evaluation", stored="weights"),
+        Setting("branch_groups", default=1, group="network", depends="evaluation", stored=True),
         Setting(
             "--recompute", "keep less of SMA for backward and compute it again: less memory, same result", False,
             group="network", parser=_on, shown="",
@@ -323,6 +350,8 @@ def complete(args: argparse.Namespace, data_set: str, run: str) -> None:
     """
     if args.evaluate and args.weights is None:
         raise UserError("--evaluate needs --weights FILE: the weights to evaluate")
+    if args.resume not in ("auto", "never") and not Path(args.resume).exists():
+        raise UserError(f"--resume: file {args.resume} does not exist; give auto, never or a checkpoint of a run")
     if args.demo and args.data_dir is not None:
         raise UserError("--demo makes its own data; leave out either --demo or --data-dir")
     run_dir = Path("output") / (f"{run}_demo" if args.demo else run)

@@ -37,6 +37,8 @@ __all__ = [
 _MOST_PROCESSES = 1 << 16
 _PATIENCE = 3.0  # seconds that a process which ends with an error waits for the others to end with the same
 
+_GLOO_SAYS = ("gloo/", "caused pair closure", "closed by peer")  # it names its source file in most cases
+
 _last_words: dist.ProcessGroup | None = None  # a group of its own: the others may be inside an exchange of the main one
 
 
@@ -193,7 +195,8 @@ def _name_of_start(store: dist.Store, rank: int, world_size: int, timeout: float
 
 def _is_loss(error: BaseException) -> bool:
     """Whether an exchange between the processes failed; gloo has no type of its own for it."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+    of_gloo = isinstance(error, RuntimeError) and any(words in str(error) for words in _GLOO_SAYS)
+    return isinstance(error, dist.DistError) or of_gloo
 
 
 def _rank_and_world_size() -> tuple[int, int]:

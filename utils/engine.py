@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.neurons import reset_net
-from utils.distributed import any_process, broadcast_buffers, sum_over_processes
+from utils.distributed import any_process, broadcast_buffers, gather, sum_over_processes
 from utils.errors import UserError
 
 __all__ = ["AMP_DTYPES", "Progress", "evaluate", "time_first", "train_one_epoch"]
@@ -150,8 +151,10 @@ def train_one_epoch(
         where = f"{where} {optimizer.param_groups[0]['lr']:g}"
         # The processes agree: all stop, or none does.
         if progress.agree(not _is_finite(losses, net, statistics, scaler)):
+            of_all = gather(losses[-1].item())  # so that all processes raise the same sentence
+            loss = next((one for one in of_all if not math.isfinite(one)), of_all[0])
             raise UserError(
-                f"{where}: the loss ({losses[-1].item():.4g}), a gradient or a running statistic is not finite; check "
+                f"{where}: the loss ({loss:.4g}), a gradient or a running statistic is not finite; check "
                 f"the data, {_REMEDY}"
             )
         scale = scaler.get_scale()

@@ -28,21 +28,21 @@ __all__ = ["event_settings", "parse_event_args"]
 
 _switch = {"action": argparse.BooleanOptionalAction}
 _data = partial(Setting, group="data")
-_network = partial(Setting, group="network", depends="evaluation", stored="weights")
+_network = partial(Setting, group="network", depends="evaluation", stored=True)
 _training = partial(Setting, group="training", depends="training")
 
 _TABLE = [
     _data("--demo", "train on the built-in demo data: small settings, no download", False, shown="",
-          parser={"action": "store_true"}, depends="evaluation", stored="run"),
+          parser={"action": "store_true"}, depends="evaluation", stored=True),
     _data("--data-dir", "folder of the data set", parse=Path, parser={"metavar": "DIR"}, shown="data/<data set>"),
     _data("--sensor-size", "size of another camera", parse=size(1), parser={"metavar": "HxW"}, shown="the data set's",
-          depends="evaluation", stored="run"),
+          depends="evaluation", stored=True),
     _data("--frame-size", "resize frames", parse=size(32), parser={"metavar": "N|HxW"}, shown="the sensor's size",
-          depends="evaluation", stored="run"),
-    _data("--split", "train/test split", "random", parser={"metavar": "random|first90|tebn|FILE"},
-          shown="random 90/10 in each class", depends="evaluation", stored="run"),
+          depends="evaluation", stored=True),
+    _data("--split", "train/test split", parser={"metavar": "random|first90|tebn|FILE"},
+          shown="random 90/10 in each class", depends="evaluation", stored=True, in_recipe=True),
     _data("--split-seed", "of the random split", parse=whole(0), parser={"metavar": "N"}, depends="evaluation",
-          stored="run", in_recipe=True),
+          stored=True, in_recipe=True),
     _data("--flip", "mirror half of the training samples", True, parser=_switch, depends="training", in_recipe=True),
     _data("--frames", "read packed frames, made once, or the files", "packed", parser={"choices": ("packed", "npz")}),
     _data("--on-bad-sample", "stop, or leave damaged samples out", "stop", parser={"choices": ("stop", "skip")}),

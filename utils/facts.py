@@ -77,7 +77,7 @@ def header(args: Namespace, facts: Mapping[str, Any]) -> dict[str, str]:
     blocks = words(network["sma_blocks"])
     branches = f", {network['branch_activation']} branches" if "branch_activation" in network else ""
     depthwise = ", depthwise" if network["branch_groups"] == "channel" else ""
-    azo = f"AZO with RCR {network['RCR']}, RTR {network['RTR']}" if network["AZO"] else "no AZO"
+    azo = f", AZO with RCR {network['RCR']}, RTR {network['RTR']}" if network["AZO"] else ", no AZO"
     parts = f", in {batch['micro_batches']} parts" if batch["micro_batches"] > 1 else ""
     extras = ", ".join(name.replace("_", " ") for name in ("mixup", "channels_last") if getattr(args, name, False))
     ema = f"EMA {args.ema:g}" if getattr(args, "ema", 0) else ""
@@ -88,8 +88,9 @@ def header(args: Namespace, facts: Mapping[str, Any]) -> dict[str, str]:
         "split": split_in_words(split),
         "left out": f"{split['left_out']} bad files" if split["left_out"] else "",
         "input": f"T = {network['timesteps']}, {data['size'][0]}x{data['size'][1]} pixels",
-        "network": f"{network['name']}, SMA in blocks {blocks}{branches}{depthwise}, {azo}, "
+        "network": f"{network['name']}, SMA in blocks {blocks}{branches}{depthwise}{'' if args.evaluate else azo}, "
         f"width {network['width']:g}, {network['parameters'] / 1e6:.6f} M parameters",
+        **(training_in_words(facts) if args.evaluate else {}),
         "batch": f"{batch['per_process']} per process, {batch['global']} global{parts}",
         "options": "" if args.evaluate else ", ".join(filter(None, (extras, ema))),
         "neurons": str(Backend(**facts["neurons"])),
@@ -123,15 +124,16 @@ def training_facts(known: Mapping[str, Any]) -> dict[str, Any]:
         known: what lies in the file with the weights, as :func:`utils.checkpoint.read_weights` gives it.
 
     Returns:
-        ``epoch``, ``epochs``, ``steps`` of the next epoch, ``seed`` (None where unknown) and ``selection``:
+        ``epoch``, ``epochs``, ``steps`` of the next epoch, ``seed``, ``AZO`` (None where unknown) and ``selection``:
         ``"final"``, ``"best"`` (the best epoch so far on the test set), ``"final and best"``, ``"none"`` or
         ``"unknown"``.
     """
     recipe = known["recipe"] if isinstance(known.get("recipe"), Mapping) else {}
     epoch, epochs = known.get("epoch"), recipe.get("epochs")
-    found = {"epoch": epoch, "epochs": epochs, "steps": 0, "seed": recipe.get("seed"), "selection": "unknown"}
+    found = {"epoch": epoch, "epochs": epochs, "steps": 0, "seed": recipe.get("seed"), "AZO": recipe.get("AZO")}
+    found["selection"] = "unknown"
     if isinstance(known.get("selection"), str):  # of exported weights
-        return found | {"selection": known["selection"]}
+        return found | {"selection": known["selection"], "steps": known.get("steps", 0)}
     if processes := known.get("processes"):
         found["steps"] = processes[0]["progress"]["step"]
     if epoch is None or epochs is None:
@@ -144,7 +146,8 @@ def training_facts(known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_in_words(found: Mapping[str, Any]) -> dict[str, str]:
-    """``epoch`` and ``seed`` of :func:`training_facts` in words."""
+    """``epoch``, ``seed`` and, of weights trained with it, ``AZO`` of :func:`training_facts` in words."""
+    azo = {"AZO": "training only"} if found["AZO"] else {}
     kind = {
         "final": "the final one",
         "best": "the best so far (selected on the test set)",
@@ -154,8 +157,8 @@ def training_in_words(found: Mapping[str, Any]) -> dict[str, str]:
     }[found["selection"]]
     steps = f" and {found['steps']} step(s) of the next" if found["steps"] else ""
     if found["epoch"] is None:
-        return {"epoch": f"unknown, {kind}", "seed": "unknown"}
-    return {"epoch": f"{found['epoch']}{steps} of {found['epochs']}, {kind}", "seed": str(found["seed"])}
+        return {"epoch": f"unknown, {kind}", "seed": "unknown", **azo}
+    return {"epoch": f"{found['epoch']} of {found['epochs']}{steps}, {kind}", "seed": str(found["seed"]), **azo}
 
 
 def _precision(args: Namespace) -> str:

@@ -31,18 +31,18 @@ __all__ = ["batch_of_process", "image_settings", "parse_image_args"]
 
 _switch = {"action": argparse.BooleanOptionalAction}
 _data = partial(Setting, group="data")
-_network = partial(Setting, group="network", depends="evaluation", stored="weights")
+_network = partial(Setting, group="network", depends="evaluation", stored=True)
 _training = partial(Setting, group="training", depends="training")
 
 _TABLE = [
     _data("--demo", "train on built-in pictures: small settings, no download", False, shown="",
-          parser={"action": "store_true"}, depends="evaluation", stored="run"),
+          parser={"action": "store_true"}, depends="evaluation", stored=True),
     _data("--data-dir", "holds train/ and test/ or val/", parse=Path, parser={"metavar": "DIR"},
           shown="data/imagenet"),
     _data("--image-size", "side of the crops, pixels", parse=whole(32, 4096), parser={"metavar": "N"},
-          depends="training", stored="run"),
+          depends="training", stored=True),
     _data("--test-crop", "of an image of 256/224 times that", parse=whole(32, 4096), parser={"metavar": "N"},
-          shown="--image-size", depends="evaluation", stored="run"),
+          shown="--image-size", depends="evaluation", stored=True),
     _data("--decoder", "torchcodec is faster; same augmentation", "pil", parser={"choices": DECODERS},
           depends="evaluation"),
     _data("--on-bad-image", "unreadable training images", "stop", parser={"choices": ("stop", "skip")}),

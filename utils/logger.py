@@ -91,9 +91,11 @@ class RunLog:
         self._tensorboard = SummaryWriter(str(self.log_dir), purge_step=epochs_done + 1)
 
     def epoch(
-        self, epoch: int, epochs: int, train: Mapping[str, float], test: Mapping[str, float], lr: float, seconds: float
+        self, epoch: int, train: Mapping[str, float], test: Mapping[str, float], lr: float, seconds: float
     ) -> None:
-        """Report an epoch (numbered from 1): a row of ``metrics.csv``, TensorBoard, a line.
+        """Record an epoch (numbered from 1): a row of ``metrics.csv``, TensorBoard.
+
+        Before its checkpoint is saved: what a kill leaves in between is dropped when the run continues.
 
         Raises:
             UserError: the directory cannot be written to; raised in all processes.
@@ -101,16 +103,6 @@ class RunLog:
         with self._writing():
             if self.process.is_first:
                 self._write_epoch(epoch, train, test, lr, seconds)
-        if not self.process.is_first:
-            return
-        second = f"top-5 {test['acc5']:.2f} %" if "acc5" in test else f"({test['correct']}/{test['count']})"
-        skips = f"  {train['skips']} step(s) skipped by the fp16 scaler" if train["skips"] else ""
-        line = (
-            f"epoch {epoch}/{epochs}  train {train['acc1']:.2f} % loss {train['loss']:.4f}  "
-            f"test {test['acc1']:.2f} % {second} loss {test['loss']:.4f}  lr {lr:.3g}  {seconds:.1f} s{skips}"
-        )
-        tqdm.write(line, file=sys.stdout)  # a line of its own, whatever the progress bar left
-        sys.stdout.flush()
 
     def _write_epoch(
         self, epoch: int, train: Mapping[str, float], test: Mapping[str, float], lr: float, seconds: float
@@ -150,6 +142,21 @@ class RunLog:
                 ) from error
 
 
+def print_epoch(
+    epoch: int, epochs: int, train: Mapping[str, float], test: Mapping[str, float], lr: float, seconds: float
+) -> None:
+    """Print an epoch, in at most 100 columns, when its checkpoint is saved."""
+    second = f"top5 {test['acc5']:.2f} %" if "acc5" in test else f"({test['correct']}/{test['count']})"
+    line = (
+        f"epoch {epoch}/{epochs}  train {train['acc1']:.2f} % loss {train['loss']:.4f}  test {test['acc1']:.2f} % "
+        f"{second} loss {test['loss']:.4f}  lr {lr:.2g}  {seconds:.{1 if seconds < 100 else 0}f} s"
+    )
+    if train["skips"]:
+        line += f"\n  {train['skips']} step(s) skipped by the fp16 scaler"
+    tqdm.write(line, file=sys.stdout)  # a line of its own, whatever the progress bar left
+    sys.stdout.flush()
+
+
 def print_header(lines: Mapping[str, str], deviations: Mapping[str, tuple[Any, Any]]) -> None:
     """Print the facts of a run, one a line, and every deviation from the published recipe."""
     changed = ", ".join(
@@ -178,6 +185,8 @@ def progress_bar(
 ) -> Iterable:  # fmt: skip
     """The items under a progress bar (rate and time left), of several processes on the first one.
 
+    Without a terminal the bar is a line a minute, so that a log file has lines only.
+
     Args:
         items: to iterate over.
         what: in front of the bar.
@@ -187,13 +196,26 @@ def progress_bar(
         done: items of an earlier start, which the bar counts.
     """
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    interval = 0.2 if on_terminal else 30.0  # without a terminal a bar every 30 s keeps a log file short
+    interval = 0.2 if on_terminal else 60.0
     if done and total is None:
         total = done + len(items)  # type: ignore[arg-type]
     return tqdm(
         items, desc=what, unit=unit, total=total, initial=done, leave=False, mininterval=interval, delay=interval,
         disable=process is not None and not process.is_first, dynamic_ncols=True,
+        file=None if on_terminal else _LogFile(),
     )  # fmt: skip
+
+
+class _LogFile:
+    """Where a progress bar goes without a terminal: each state is a line of its own on stderr."""
+
+    def write(self, text: str) -> None:
+        if text.strip() and sys.stderr is not None:
+            sys.stderr.write(f"{text.strip()}\n")
+
+    def flush(self) -> None:
+        if sys.stderr is not None:
+            sys.stderr.flush()
 
 
 def check_output(directory: Path) -> None:

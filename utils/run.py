@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from models.neurons import select_backend
 from utils.analysis.azo_record import AZORecord
 from utils.args import Settings
-from utils.checkpoint import Checkpoints, load_weights, read_weights
+from utils.checkpoint import Checkpoints, put_weights, read_weights
 from utils.data.events import EventData
 from utils.data.images import ImageData
 from utils.data.loaders import set_epoch
@@ -34,6 +34,7 @@ from utils.logger import (
     check_output,
     evaluation_in_words,
     one_run,
+    print_epoch,
     print_header,
     progress_bar,
     write_json,
@@ -87,9 +88,12 @@ class Run:
         """
         with user_input():
             backend = select_backend(net, self.args.backend, self.device)
-        if self.args.weights is not None:
-            load_weights(net, self.args.weights)
         self.facts = facts_of_run(self.args, data, data_set, net, backend, self.process)
+        if self.args.weights is not None:
+            weights, known = read_weights(self.args.weights)
+            put_weights(net, weights, self.args.weights)
+            if self.args.evaluate:
+                self.facts |= training_facts(known)
         self._manifest = data.manifest
         if self.args.record_azo and self.process.is_first:
             self._azo = AZORecord(net) or None
@@ -145,12 +149,14 @@ class Run:
             yield epoch
 
     def save(self, train: Mapping[str, float], test: Mapping[str, float]) -> None:
-        """Save the checkpoint of a finished epoch, then report it."""
+        """Record a finished epoch, save its checkpoint, and print its line."""
         assert self._training is not None, "call resume() first"
         epoch, seconds = self.progress.epoch, time.monotonic() - self._epoch_began
+        self._training.log.epoch(epoch, train, test, self._training.lr, seconds)
         self._training.checkpoints.save(epoch, test["acc1"])
         self._training.done = epoch
-        self._training.log.epoch(epoch, self.args.epochs, train, test, self._training.lr, seconds)
+        if self.process.is_first:
+            print_epoch(epoch, self.args.epochs, train, test, self._training.lr, seconds)
 
     def finish(self, final: Mapping[str, Any]) -> None:
         """Report the final epoch, and which epoch was best, and say which is which."""
@@ -173,9 +179,8 @@ class Run:
         path = (output or weights.parent) / "evaluation.json"
         if output is None or (output / "metrics.csv").exists():
             path = path.with_name(f"evaluation_of_{weights.stem}.json")
-        trained = training_facts(read_weights(weights)[1])
-        write_json(path, {**result, **trained, "weights": weights, **self.facts})
         print(f"{evaluation_in_words(result)}  split {self.facts['split']['fingerprint']}")
+        write_json(path, {**result, "weights": weights, **self.facts})
         print(f"written to {path}", flush=True)
 
     def save_inside(self) -> None:
@@ -192,8 +197,7 @@ def start_run(args: Namespace, settings: Settings) -> Iterator[Run]:
     Raises:
         UserError: the output folder, the device or the launcher's environment cannot be used.
     """
-    if args.output_dir is not None:
-        check_output(args.output_dir)
+    check_output(args.output_dir or args.weights.parent)
     where = start(args.device, args.local_rank, args.timeout, args.deterministic)
     with where as process, ExitStack() as until_the_end:
         run = Run(args, settings, process, until_the_end)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +12,7 @@ from spikingjelly.activation_based import base
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .convolution import applies, branch_convolutions
 from .dispatch import fires, functions_work, fuses, is_watched
 from .passes import normalize_and_fire, weighted_sum
 
@@ -56,8 +57,13 @@ def _encode(branches: list[_Branch], x: Tensor) -> list[Coded]:
 
 def _convolutions(branches: list[_Branch], x: Tensor) -> Iterator[Tensor]:
     """What the convolutions of the branches make of their common input, each ``[T, B, C, H, W]``."""
-    flat = x.flatten(0, 1)
-    return (branch.conv(flat).unflatten(0, x.shape[:2]) for branch in branches)
+    flat, convs = x.flatten(0, 1), [branch.conv for branch in branches]
+    weights = [conv.weight for conv in convs]
+    if functions_work(flat, *weights) and applies(flat, weights, samples=len(x)):
+        outputs: Iterable[Tensor] = branch_convolutions(flat, weights, [conv.bias for conv in convs])
+    else:
+        outputs = (conv(flat) for conv in convs)
+    return (y.unflatten(0, x.shape[:2]) for y in outputs)
 
 
 def _activate(branch: _Branch, y: Tensor) -> Coded:

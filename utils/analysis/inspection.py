@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models import VGG8
@@ -48,6 +49,13 @@ class Inspected:
     classes: list[str]
     facts: dict[str, str]
 
+    def sample(self, index: int, device: torch.device) -> tuple[Tensor, int, Tensor]:
+        """One test sample: as it is stored, its label, and the inputs of the network (a batch of one)."""
+        found = self.test[index]
+        assert found is not None  # only training leaves out images that cannot be read
+        sample, label = found
+        return sample, label, self.prepare(sample[None].to(device), torch.tensor([label]))[0]
+
 
 def add_inspection(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a network and its data; those not given are absent from the result."""
@@ -72,7 +80,7 @@ def add_inspection(parser: argparse.ArgumentParser) -> None:
     add("-b", "--batch-size", type=whole(1), default=16, metavar="N", help="per process (default: 16)")
     add("--num-workers", type=whole(0), default=0, metavar="N", help="loader processes (default: 0)")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    add("--backend", choices=("auto", "cupy", "torch"), default="auto", help="of the neurons (default: auto)")
+    add("--backend", choices=("auto", "cupy", "triton", "torch"), default="auto", help="of the neurons (default: auto)")
     add("--output-dir", type=Path, metavar="DIR", help="default: the folder of --weights")
     add("--local-rank", "--local_rank", type=whole(0), metavar="N", help="set by older launchers")
 
@@ -108,7 +116,6 @@ def load_inspected(args: argparse.Namespace, process: Process) -> Inspected:
     lines = {
         "weights": str(args.weights),
         "network": f"{TITLES[name]}, SMA in blocks {words(net.sma_blocks)}, width {keywords['width']:g}",
-        "AZO": "training only" if recipe.get("AZO") else "",
         **training_in_words(training_facts(known)),
         "data": data.title,
         "split": split_in_words(asdict(data.info)),
