@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from docs.figures import draw_sma
 from models import VGG8
 from tests.conftest import write_events
 from tests.test_operations import lively, run_tool
-from tools import draw_sma, visualize
+from tools import visualize
 from utils.data.splits import RULES
 from utils.errors import UserError
 
