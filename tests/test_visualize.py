@@ -122,7 +122,7 @@ def test_a_figure_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch, ca
     [
         (["frames"], "either --data-dir DIR or --demo"),
         (["azo", "nowhere"], "has no record of AZO"),
-        (["curves", "nowhere"], "cannot be read as the metrics of a run"),
+        (["curves", "nowhere"], "nowhere/metrics.csv does not exist; give the --output-dir of a run"),
         (["spikes", "--weights", "nowhere.pt"], "nowhere.pt does not exist"),
         (["wrong"], "invalid choice"),
     ],
