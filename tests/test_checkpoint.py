@@ -10,7 +10,7 @@ from torch import nn
 
 import utils.checkpoint
 from models import VGG8, sma_vgg8_ncaltech101
-from tests.reliability.reliability import damages
+from tests.reliability.runs import damages
 from utils.checked import write_checked
 from utils.checkpoint import Checkpoints, load_weights, read_weights
 from utils.distributed import Process

@@ -15,7 +15,6 @@ import pytest
 
 from docs.study import study
 from tests.conftest import ROOT, SCRIPTS
-from tests.reliability import reliability
 from tools import (
     benchmark,
     check_gpu,
@@ -42,7 +41,6 @@ PARSERS = {path.name: importlib.import_module(path.stem).SETTINGS.parser("") for
     "tools/visualize.py": visualize.make_parser(),
     "tools/compare.py": compare.make_parser(),
     "tools/export.py": export.make_parser(),
-    "tests/reliability/reliability.py": reliability.make_parser(),
     "docs/study/study.py": study.make_parser(),
 }
 

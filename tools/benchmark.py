@@ -39,6 +39,7 @@ from utils.data.demo_images import PATTERNS, render_picture
 from utils.data.images import DECODERS, load_image_data
 from utils.engine import AMP_DTYPES
 from utils.errors import SentenceParser, UserError, exit_with_sentence
+from utils.files import write_text
 from utils.versions import machine, versions
 
 __all__ = ["make_parser"]
@@ -172,7 +173,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in made.items()))
     print(_table(rows))
     if args.json is not None:
-        args.json.write_text(json.dumps({**made, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps({**made, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ Give a script and its own flags, and these of the plan:
 
 Memory is counted on shapes alone: every tensor that a step allocates, in blocks of 512 bytes. Unknown are what CUDA and
 its libraries take (context, workspaces of convolutions) and what the allocator cannot use: a tenth of the card is left
-for that. Times are lower bounds: no card reaches its peak in this network.
+for that. Times are those of direct convolutions at the peak rate. Real ones are usually longer; a library that
+transforms 3x3 convolutions (Winograd) needs fewer operations and can be below.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from utils.args import above_zero, whole
 from utils.engine import AMP_DTYPES
 from utils.errors import SentenceParser, UserError, exit_with_sentence
 from utils.event_args import parse_event_args
-from utils.image_args import parse_image_args
+from utils.image_args import batch_of_process, parse_image_args
 from utils.prepare.datasets import DATA_SETS
 
 __all__ = ["Task", "main", "task_of"]
@@ -101,17 +102,17 @@ def task_of(script: Path, flags: list[str], processes: int) -> Task:
         raise UserError(f"{script} is not a training script; use vgg8_dvs128_SMA.py or another with a recipe")
     flags = flags if "--device" in flags else ["--device", "cuda", *flags]
     if hasattr(module, "DATA_SET"):
-        args = parse_event_args(module.__doc__ or "", module.DATA_SET, module.RECIPE, module.DEMO, flags)
+        args = parse_event_args(module.SETTINGS, module.__doc__, module.DATA_SET, flags)
         data_set, classes = module.DATA_SET, DATA_SETS[module.DATA_SET].num_classes
         size = args.frame_size or args.sensor_size or DATA_SETS[module.DATA_SET].sensor
         batch, sample = args.batch_size, (args.timesteps, 2, *size)
     else:
-        args = parse_image_args(module.__doc__ or "", module.RECIPE, module.DEMO, flags)
+        args = parse_image_args(module.SETTINGS, module.__doc__, flags)
         data_set, classes = "imagenet", 1000
-        batch, sample = max(1, args.batch_size // processes), (3, args.image_size, args.image_size)
+        batch, sample = batch_of_process(args, processes), (3, args.image_size, args.image_size)
     made = partial(module.build_model, args, classes)
     device = "cpu" if args.device == "cpu" else "cuda"
-    return Task(data_set, made, args.amp, device, batch, _parts(args), sample, _recomputes(args))
+    return Task(data_set, made, args.amp, device, batch, args.micro_batches, sample, args.recompute)
 
 
 def _load(path: Path) -> ModuleType:
@@ -120,14 +121,6 @@ def _load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _parts(args: argparse.Namespace) -> int:
-    return getattr(args, "accumulate", None) or getattr(args, "micro_batches", None) or 1
-
-
-def _recomputes(args: argparse.Namespace) -> bool:
-    return bool(getattr(args, "checkpoint_activations", False) or getattr(args, "recompute", False))
 
 
 def largest_batch(peaks: dict[int, int], room: float) -> int:
@@ -176,7 +169,7 @@ def _plan(task: Task, step: Step, at_once: int, args: argparse.Namespace, cards:
         "forward and backward",
         f"exchanged a step        {sent:.3g} GB each way in every process" if processes > 1 else
         "exchanged a step        nothing",
-        f"an epoch                {steps} steps; at least {_time(steps * max(compute, exchange))}: "
+        f"an epoch                {steps} steps; {_time(steps * max(compute, exchange))} at the peak rate: "
         f"{1000 * compute:.3g} ms of operations at {args.peak:g} TFLOP/s, with {1000 * exchange:.3g} ms of exchange "
         f"at {slowest:.3g} GB/s in parallel",
         "",
@@ -201,7 +194,7 @@ def _plan(task: Task, step: Step, at_once: int, args: argparse.Namespace, cards:
             most = largest_batch(peaks, room)
             found = str(most) if most else "does not fit"
             rows.append(["recomputed" if recompute else "kept", f"{peaks[at_once] / GIB:.2f}", found])
-        lines += [markdown_table(rows), "", "A larger batch fits in parts of so many samples."]
+        lines += [markdown_table(rows), "", "A larger batch fits in parts of so many samples (--micro-batches)."]
     return "\n".join(lines)
 
 

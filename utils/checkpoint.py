@@ -25,6 +25,7 @@ __all__ = ["Checkpoints", "load_weights", "put_weights", "read_weights"]
 FORMAT = 4  # 3: one dropout mask a step, another ImageNet schedule, another --decay
 _WRAPPERS = ("model", "net", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
+_MAY_BEGIN_LATER = "azo"  # the record of what AZO replaces changes nothing in a run
 _KINDS = {"epoch": int, "recipe": Mapping, "facts": Mapping, "best": Mapping, "versions": Mapping}  # as we write them
 
 
@@ -271,6 +272,8 @@ class Checkpoints:
                 own = state["processes"][self.process.rank]
                 _set_random_state(own["rng"], self.process.device)
             for name, part in self.parts.items():
+                if name == _MAY_BEGIN_LATER and name not in state:
+                    continue
                 if before[name] and not state[name]:
                     raise ValueError("it is empty")
                 part.load_state_dict(state[name])
@@ -380,7 +383,7 @@ class Checkpoints:
             "format": int, "model": Mapping, "processes": list, "epoch": int, "best": Mapping, "recipe": Mapping,
             "facts": Mapping, "versions": Mapping,
         }  # fmt: skip
-        missing = {*kinds, *self.parts} - state.keys()
+        missing = {*kinds, *self.parts} - state.keys() - {_MAY_BEGIN_LATER}
         if missing:
             raise UserError(
                 f"file {path} is no checkpoint of a run: it lacks {', '.join(sorted(missing))}; "

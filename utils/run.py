@@ -34,6 +34,7 @@ from utils.logger import (
     check_output,
     evaluation_in_words,
     one_run,
+    print_epoch,
     print_header,
     progress_bar,
     write_json,
@@ -148,12 +149,14 @@ class Run:
             yield epoch
 
     def save(self, train: Mapping[str, float], test: Mapping[str, float]) -> None:
-        """Save the checkpoint of a finished epoch, then report it."""
+        """Record a finished epoch, save its checkpoint, and print its line."""
         assert self._training is not None, "call resume() first"
         epoch, seconds = self.progress.epoch, time.monotonic() - self._epoch_began
+        self._training.log.epoch(epoch, train, test, self._training.lr, seconds)
         self._training.checkpoints.save(epoch, test["acc1"])
         self._training.done = epoch
-        self._training.log.epoch(epoch, self.args.epochs, train, test, self._training.lr, seconds)
+        if self.process.is_first:
+            print_epoch(epoch, self.args.epochs, train, test, self._training.lr, seconds)
 
     def finish(self, final: Mapping[str, Any]) -> None:
         """Report the final epoch, and which epoch was best, and say which is which."""

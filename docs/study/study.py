@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import itertools
 import multiprocessing
-import os
 import signal
 import statistics
 import sys
@@ -49,6 +49,7 @@ from utils.data.loaders import make_loaders, set_epoch  # noqa: E402
 from utils.distributed import Process  # noqa: E402
 from utils.engine import evaluate, time_first, train_one_epoch  # noqa: E402
 from utils.errors import SentenceParser, UserError, exit_with_sentence  # noqa: E402
+from utils.files import replacing  # noqa: E402
 from utils.losses import mse_of_mean, tet  # noqa: E402
 from utils.signals import in_worker  # noqa: E402
 
@@ -499,14 +500,12 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 
 def _write(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+    with replacing(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+        text.detach()
 
 
 def _costs_file(rows: Path) -> Path:
