@@ -118,6 +118,7 @@ def count_samples(root, results):
     results.put((len(data.train), len(data.test)))
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_all_see_every_sample(gesture_data, tmp_path):
     shutil.copytree(gesture_data / "events_np", tmp_path / "events_np")
     context = multiprocessing.get_context("spawn")
