@@ -1,6 +1,9 @@
 """What a run writes: rows of metrics.csv, the line of an epoch, and a disk without room."""
 
+import contextlib
 import errno
+import io
+import itertools
 import json
 import math
 import os
@@ -11,7 +14,7 @@ import torch
 from tests.conftest import rows
 from utils.distributed import Process
 from utils.errors import UserError
-from utils.logger import RunLog, print_epoch, write_json
+from utils.logger import RunLog, print_epoch, progress_bar, write_json
 
 ALONE = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 TRAIN = {"loss": 1.0, "acc1": 50.0, "skips": 0}
@@ -101,6 +104,19 @@ def test_the_line_of_an_epoch(capsys):
     print_epoch(3, 20, {"acc1": 71.59, "loss": 0.0512, "skips": 0}, test, 0.003, 2.14)
     expected = "epoch 3/20  train 71.59 % loss 0.0512  test 75.00 % (66/88) loss 0.0473  lr 0.003  2.1 s\n"
     assert capsys.readouterr().out == expected
+
+
+def test_without_a_terminal_every_epoch_is_a_line_of_its_own(monkeypatch):
+    log, clock = io.StringIO(), itertools.count(step=100)  # a step of an epoch takes minutes
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        for epoch in (1, 2):
+            for _ in progress_bar(range(5), f"train {epoch}/2", ALONE):
+                pass
+            print_epoch(epoch, 2, TRAIN, TEST, 0.1, 1.0)
+    lines = log.getvalue().split("\n")
+    assert "\r" not in log.getvalue() and any(line.startswith("train 1/2:") for line in lines)
+    assert [line[:9] for line in lines if line.startswith("epoch")] == ["epoch 1/2", "epoch 2/2"]
 
 
 def test_a_value_that_is_not_finite_becomes_null(tmp_path):
