@@ -24,8 +24,8 @@ def sma_vgg8_dvs128(weights: str | os.PathLike | None = None, **keywords: typing
     """SMA-VGG8 of DVS128 Gesture, ``[T, B, 2, H, W]`` to ``[T, B, K]``.
 
     Args:
-        weights: a released, own or exported file. What it tells of the network (T, classes, width, blocks with SMA)
-            need not be given.
+        weights: a released, own or exported file, or a folder of ``tools/export.py hub``. T,
+            classes, width and SMA blocks are read from it.
         keywords: of the function of this name in ``models``.
     """
     return _make("sma_vgg8_dvs128", weights, keywords)
@@ -60,10 +60,13 @@ def _make(name: str, weights: str | os.PathLike | None, keywords: dict[str, typi
     factory = getattr(models, name)
     if weights is None:
         return factory(**keywords)
-    stored, beside = _checkpoint.read_weights(weights)
-    of, told = _networks.describe_network(stored, beside)
-    if of == name or (of == "VGG8" and name.startswith("sma_vgg8")):
-        keywords = {**told, **keywords}
+    path = os.fspath(weights)
+    if os.path.isdir(path):
+        path = os.path.join(path, "model.safetensors")
+    stored, known = _checkpoint.read_weights(path)
+    network, inferred = _networks.describe_network(stored, known)
+    if network == name or (network == "VGG8" and name.startswith("sma_vgg8")):
+        keywords = {**inferred, **keywords}
     net = factory(**keywords)
-    _checkpoint.put_weights(net, stored, weights)
+    _checkpoint.put_weights(net, stored, path)
     return net

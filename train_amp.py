@@ -4,9 +4,9 @@ Try it without data:   python train_amp.py --demo
 One GPU, or the CPU:   python train_amp.py -net resnet18 --data-dir DIR
 6 GPUs, as published:  python -m torch.distributed.launch --master_port=1234 --nproc_per_node=6 train_amp.py
                        -net resnet18 -b 384 -lr 0.1 --data-dir DIR
-2 machines of 4 GPUs:  see "Several machines" in README.md
+2 machines of 4 GPUs:  see "Several machines" in docs/training.md
 Evaluate weights:      python train_amp.py --data-dir DIR --evaluate --weights FILE
-ResNet-104 with AZO:   see "ImageNet-1K" in README.md: training, then 50 epochs with --AZO from its weights
+ResNet-104 with AZO:   see "ImageNet-1K" in docs/training.md: 50 more epochs with --AZO, from trained weights
 
 Reported by the authors on 10 GPUs (not measured here): 77.1 % top-1 with SMA-AZO-ResNet104.
 """
@@ -14,28 +14,23 @@ Reported by the authors on 10 GPUs (not measured here): 77.1 % top-1 with SMA-AZ
 from __future__ import annotations
 
 import argparse
-import time
+from functools import partial
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from models import MSResNet, sma_ms_resnet18, sma_ms_resnet34, sma_ms_resnet104
-from models.neurons import select_backend
-from utils.checkpoint import Checkpoints, load_weights
+from models import MSResNet
 from utils.data.demo_images import write_demo_images
 from utils.data.images import Mixup, load_image_data, normalized, readable, to_channels_last
-from utils.data.loaders import make_loaders, set_epoch
-from utils.describe import describe_image_run
-from utils.distributed import start
-from utils.engine import Progress, evaluate, train_one_epoch
+from utils.data.loaders import make_loaders
+from utils.engine import evaluate, train_one_epoch
 from utils.errors import exit_with_sentence, user_input
-from utils.image_args import batch_of_process, deviations, parse_image_args, recipe_of
-from utils.logger import RunLog, check_output, write_evaluation
+from utils.image_args import batch_of_process, image_settings, parse_image_args
 from utils.losses import cross_entropy
+from utils.networks import RESNETS
 from utils.optim import averaged, cosine_one_epoch_late
-from utils.signals import StopSignal
+from utils.run import start_run
 
-NETS = {"resnet18": sma_ms_resnet18, "resnet34": sma_ms_resnet34, "resnet104": sma_ms_resnet104}
 RECIPE = {
     "net": "resnet18",
     "timesteps": 6,
@@ -51,16 +46,17 @@ RECIPE = {
 }
 # What --demo changes: small enough to learn in two minutes on two CPU cores.
 DEMO = {"timesteps": 2, "width": 0.25, "image_size": 48, "batch_size": 24, "epochs": 10, "num_workers": 0}
+SETTINGS = image_settings(RECIPE, DEMO)
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> MSResNet:
     """The network of the recipe, with the changes that the user asks for."""
-    return NETS[args.net](
+    return RESNETS[args.net](
         T=args.timesteps,
         num_classes=num_classes,
         sma_blocks=args.sma_blocks,
         branch_groups=args.branch_groups,
-        recompute=args.checkpoint_activations,
+        recompute=args.recompute,
         width=args.width,
         AZO=args.AZO,
         RCR=args.RCR,
@@ -70,10 +66,9 @@ def build_model(args: argparse.Namespace, num_classes: int) -> MSResNet:
 
 def main() -> None:
     """Train, or evaluate, as the command line says."""
-    args = parse_image_args(__doc__, RECIPE, DEMO)
-    check_output(args.output_dir)
-    with start(args.device, args.local_rank, args.timeout, args.deterministic) as process:
-        batch_size = batch_of_process(args, process.world_size)
+    args = parse_image_args(SETTINGS, __doc__)
+    with start_run(args, SETTINGS) as run:
+        batch_size = batch_of_process(args, run.process.world_size)
         data = load_image_data(
             write_demo_images(args.data_dir) if args.demo else args.data_dir,
             args.image_size,
@@ -84,66 +79,46 @@ def main() -> None:
             for_training=not args.evaluate,
         )
         train_batches, test_batches = make_loaders(
-            data, batch_size, args.num_workers, args.seed, process, collate=readable, drop_last=False
+            data, batch_size, args.num_workers, args.seed, run.process, collate=readable, drop_last=False
         )
         torch.manual_seed(args.seed)  # the same first weights in every process
         with user_input():
-            net = build_model(args, len(data.classes)).to(process.device)
-            if process.device.type == "cuda" and process.world_size > 1:
-                net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-            backend = select_backend(net, args.backend, process.device)
-        if args.weights is not None:
-            load_weights(net, args.weights)
+            net = build_model(args, len(data.classes)).to(run.device)
+        if run.device.type == "cuda" and run.process.world_size > 1:
+            net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        run.describe(net, data, "imagenet")
         if args.channels_last:
             to_channels_last(net)
-        prepare, device = normalized(args.channels_last), process.device
-        tested = {"criterion": cross_entropy(), "device": device, "prepare": prepare, "top": 5, "amp": args.eval_amp}
-        log = RunLog(args.output_dir, process, args.log_dir, net)
-        facts = describe_image_run(args, data, net, backend, process)
-        log.header(facts, deviations(args, RECIPE))
+        prepare = normalized(args.channels_last)
+        test_loss = cross_entropy()
+        test_on = partial(evaluate, criterion=test_loss, device=run.device, prepare=prepare, top=5, amp=args.eval_amp)
 
         if args.evaluate:
-            result = evaluate(net, log.progress(test_batches, "test"), **tested)
-            write_evaluation(args.output_dir, process, result, **facts)
+            run.report(test_on(net, run.watch(test_batches, "test")))
             return
 
         optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
         scheduler = cosine_one_epoch_late(optimizer, args.epochs, args.warm_up)
-        scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
-        evaluated = averaged(net, args.ema, optimizer) if args.ema else net
+        scaler = torch.amp.GradScaler(run.device.type, enabled=args.amp == "fp16")
         train_loss = cross_entropy(args.label_smoothing)
-        mixup = Mixup(prepare, len(data.classes), args.seed, process.rank) if args.mixup else None
-        trained = DistributedDataParallel(net) if process.world_size > 1 else net
-        torch.manual_seed(args.seed + process.rank)  # dropout differs between the processes
-        parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "azo": log.azo}
-        parts |= {"trained": net if args.ema else None}
-        progress = Progress(process.device)
-        checkpoints = Checkpoints(
-            args.output_dir, recipe_of(args, data.fingerprint), process, evaluated, progress, args.keep_every, **parts
-        )
-        done = checkpoints.resume(args.resume)
-        log.open(vars(args), facts, done)
+        evaluated = averaged(net, args.ema, optimizer) if args.ema else net
+        mixup = Mixup(prepare, len(data.classes), args.seed, run.process.rank) if args.mixup else None
+        trained = DistributedDataParallel(net) if run.process.world_size > 1 else net
+        torch.manual_seed(args.seed + run.process.rank)  # dropout differs between the processes
+        run.resume(evaluated, optimizer, scheduler=scheduler, scaler=scaler, trained=net if args.ema else None)
 
-        with StopSignal() as stop:
-            for epoch in range(done + 1, args.epochs + 1):
-                began, lr = time.monotonic(), optimizer.param_groups[0]["lr"]
-                set_epoch(train_batches, epoch, progress.step)
-                if mixup is not None:
-                    mixup.set_epoch(epoch, progress.step * args.accumulate)
-                with checkpoints.saved_on_stop(epoch):
-                    batches = stop.watch(log.progress(train_batches, f"train {epoch}/{args.epochs}"))
-                    train = train_one_epoch(
-                        trained, batches, train_loss, optimizer, scaler, process.device, args.amp, mixup or prepare,
-                        args.accumulate, epoch, progress, args.nan_limit, stop.agree,
-                    )  # fmt: skip
-                    batches = stop.watch(log.progress(test_batches, f"test {epoch}/{args.epochs}"))
-                    test = evaluate(evaluated, batches, **tested)
-                scheduler.step()
-                log.epoch(epoch, args.epochs, train, test, lr, time.monotonic() - began)
-                checkpoints.save(epoch, test["acc1"])
+        for epoch in run.epochs(train_batches):
+            if mixup is not None:
+                mixup.set_epoch(epoch, run.progress.step * args.micro_batches)
+            train = train_one_epoch(
+                trained, run.watch(train_batches, "train"), train_loss, optimizer, scaler, run.device, args.amp,
+                mixup or prepare, args.micro_batches, run.progress,
+            )  # fmt: skip
+            test = test_on(evaluated, run.watch(test_batches, "test"))
+            scheduler.step()
+            run.save(train, test)
 
-        final = evaluate(evaluated, log.progress(test_batches, "test"), **tested)
-        log.finish(final, checkpoints.best, facts)
+        run.finish(test_on(evaluated, run.watch(test_batches, "test")))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Try it without data:   python vgg8_dvs128_SMA.py --demo
 One GPU, or the CPU:   python vgg8_dvs128_SMA.py --data-dir DIR
 4 GPUs, as published:  torchrun --nproc_per_node 4 vgg8_dvs128_SMA.py --data-dir DIR
-2 machines of 4 GPUs:  see "Several machines" in README.md
+2 machines of 4 GPUs:  see "Several machines" in docs/training.md
 Evaluate weights:      python vgg8_dvs128_SMA.py --data-dir DIR --evaluate --weights FILE
 
 Reported by the authors on 4 GPUs (not measured here): 97.92 % without attention, 98.3 % with SMA (--no-AZO),
@@ -13,24 +13,18 @@ Reported by the authors on 4 GPUs (not measured here): 97.92 % without attention
 from __future__ import annotations
 
 import argparse
-import time
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from models import VGG8, sma_vgg8_dvs128
-from models.neurons import select_backend
-from utils.checkpoint import Checkpoints, load_weights
 from utils.data.events import load_event_data
-from utils.data.loaders import make_loaders, set_epoch
-from utils.describe import describe_event_run
-from utils.distributed import start
-from utils.engine import Progress, evaluate, train_one_epoch
+from utils.data.loaders import make_loaders
+from utils.engine import evaluate, train_one_epoch
 from utils.errors import exit_with_sentence, user_input
-from utils.event_args import deviations, parse_event_args, recipe_of
-from utils.logger import RunLog, check_output, write_evaluation
+from utils.event_args import event_settings, parse_event_args
 from utils.losses import mse_of_mean
-from utils.signals import StopSignal
+from utils.run import start_run
 
 DATA_SET = "dvs128"
 RECIPE = {
@@ -45,7 +39,8 @@ RECIPE = {
 }
 # What --demo changes: small enough to learn in two minutes on two CPU cores.
 DEMO = {"timesteps": 4, "width": 0.25, "frame_size": [32, 32], "num_workers": 0}
-DEMO |= {"batch_size": 8, "epochs": 24, "lr": 2e-3}
+DEMO |= {"batch_size": 8, "epochs": 30, "lr": 3e-3}
+SETTINGS = event_settings(RECIPE, DEMO)
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> VGG8:
@@ -57,7 +52,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> VGG8:
         sma_blocks=args.sma_blocks,
         branch_activation=args.branch_activation,
         branch_groups=args.branch_groups,
-        recompute=args.checkpoint_activations,
+        recompute=args.recompute,
         AZO=args.AZO,
         RCR=args.RCR,
         RTR=args.RTR,
@@ -66,9 +61,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> VGG8:
 
 def main() -> None:
     """Train, or evaluate, as the command line says."""
-    args = parse_event_args(__doc__, DATA_SET, RECIPE, DEMO)
-    check_output(args.output_dir)
-    with start(args.device, args.local_rank, args.timeout, args.deterministic) as process:
+    args = parse_event_args(SETTINGS, __doc__, DATA_SET)
+    with start_run(args, SETTINGS) as run:
         data = load_event_data(
             DATA_SET,
             args.data_dir,
@@ -79,53 +73,33 @@ def main() -> None:
             frames=args.frames,
             on_bad_sample=args.on_bad_sample,
         )
-        train_batches, test_batches = make_loaders(data, args.batch_size, args.num_workers, args.seed, process)
+        train_batches, test_batches = make_loaders(data, args.batch_size, args.num_workers, args.seed, run.process)
         torch.manual_seed(args.seed)  # the same first weights in every process
         with user_input():
-            net = build_model(args, len(data.classes)).to(process.device)
-            backend = select_backend(net, args.backend, process.device)
-        if args.weights is not None:
-            load_weights(net, args.weights)
-        log = RunLog(args.output_dir, process, args.log_dir, net)
-        facts = describe_event_run(args, data, net, backend, process)
-        log.header(facts, deviations(args, RECIPE, process.world_size))
+            net = build_model(args, len(data.classes)).to(run.device)
+        run.describe(net, data, DATA_SET)
 
         if args.evaluate:
-            result = evaluate(net, log.progress(test_batches, "test"), mse_of_mean, process.device, amp=args.eval_amp)
-            write_evaluation(args.output_dir, process, result, **facts)
+            run.report(evaluate(net, run.watch(test_batches, "test"), mse_of_mean, run.device, amp=args.eval_amp))
             return
 
         optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=args.weight_decay)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.decay)
-        scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
-        trained = DistributedDataParallel(net) if process.world_size > 1 else net
-        torch.manual_seed(args.seed + process.rank)  # dropout differs between the processes
-        parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "azo": log.azo}
-        progress = Progress(process.device)
-        recipe = recipe_of(args, data.fingerprint)
-        checkpoints = Checkpoints(args.output_dir, recipe, process, net, progress, args.keep_every, **parts)
-        done = checkpoints.resume(args.resume)
-        log.open(vars(args), facts, done, data.manifest)
+        scaler = torch.amp.GradScaler(run.device.type, enabled=args.amp == "fp16")
+        trained = DistributedDataParallel(net) if run.process.world_size > 1 else net
+        torch.manual_seed(args.seed + run.process.rank)  # dropout differs between the processes
+        run.resume(net, optimizer, scheduler=scheduler, scaler=scaler)
 
-        with StopSignal() as stop:
-            for epoch in range(done + 1, args.epochs + 1):
-                began, lr = time.monotonic(), optimizer.param_groups[0]["lr"]
-                set_epoch(train_batches, epoch, progress.step)
-                with checkpoints.saved_on_stop(epoch):
-                    batches = stop.watch(log.progress(train_batches, f"train {epoch}/{args.epochs}"))
-                    train = train_one_epoch(
-                        trained, batches, mse_of_mean, optimizer, scaler, process.device, args.amp,
-                        accumulate=args.accumulate, epoch=epoch, progress=progress, nan_limit=args.nan_limit,
-                        agree=stop.agree,
-                    )  # fmt: skip
-                    batches = stop.watch(log.progress(test_batches, f"test {epoch}/{args.epochs}"))
-                    test = evaluate(net, batches, mse_of_mean, process.device, amp=args.eval_amp)
-                scheduler.step()
-                log.epoch(epoch, args.epochs, train, test, lr, time.monotonic() - began)
-                checkpoints.save(epoch, test["acc1"])
+        for _ in run.epochs(train_batches):
+            train = train_one_epoch(
+                trained, run.watch(train_batches, "train"), mse_of_mean, optimizer, scaler, run.device, args.amp,
+                micro_batches=args.micro_batches, progress=run.progress,
+            )  # fmt: skip
+            test = evaluate(net, run.watch(test_batches, "test"), mse_of_mean, run.device, amp=args.eval_amp)
+            scheduler.step()
+            run.save(train, test)
 
-        final = evaluate(net, log.progress(test_batches, "test"), mse_of_mean, process.device, amp=args.eval_amp)
-        log.finish(final, checkpoints.best, facts)
+        run.finish(evaluate(net, run.watch(test_batches, "test"), mse_of_mean, run.device, amp=args.eval_amp))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """SMA, AZO and the networks built on them."""
 
 from models import neurons  # before models.sma: it imports SpikingJelly without the warning of torch.jit
-from models.folding import folded
+from models.hub import load
 from models.ms_resnet import (
     MSResNet,
     ms_resnet18,
@@ -20,7 +20,7 @@ __all__ = [
     "VGG8",
     "MSResNet",
     "attention_zoneout",
-    "folded",
+    "load",
     "ms_resnet18",
     "ms_resnet34",
     "ms_resnet104",

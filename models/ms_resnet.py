@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,7 +55,7 @@ class BatchNorm(nn.Module):
     def __init__(self, channels: int, scale: float = 0.5, T: int = 1):
         super().__init__()
         self.T = T
-        self.bn = nn.BatchNorm2d(channels)
+        self.bn: Any = nn.BatchNorm2d(channels)
         nn.init.constant_(self.bn.weight, scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ class MSResNet(nn.Module):
         channels = [max(1, round(n * width)) for n in (64, 128, 256, 512)]
 
         def sma(c: int) -> SMA:
-            form = {"activation": "relu", "groups": branch_groups, "recompute": recompute}
+            form: dict[str, Any] = {"activation": "relu", "groups": branch_groups, "recompute": recompute}
             return SMA(c, T, kernels, C_reduction, T_reduction, AZO, RCR, RTR, **form)
 
         def stage(c_in: int, c_out: int, depth: int) -> nn.Sequential:

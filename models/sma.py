@@ -4,7 +4,8 @@ Shan, Zhang, Zhu, Qiu, Eshraghian, Qu, "Advancing Spiking Neural Networks Toward
 Interaction Learning", AAAI 2025, https://doi.org/10.1609/aaai.v39i2.32141. The steps (1) to (5) are those of the paper.
 
 This file is complete alone: copy it into any project that has torch, einops and SpikingJelly (0.0.0.0.14 or 2.x; with
-0.0.0.0.12 give your neuron as ``activation``). Next to the folder ``fast`` it computes the same numbers faster.
+0.0.0.0.12 give your neuron as ``activation``). In a package next to the folder ``fast`` it
+computes the same numbers faster.
 
     x = torch.rand(16, 2, 64, 32, 32)                       # [T, B, C, H, W], time first
     sma = SMA(channel=64, time=16, C_reduction=4, AZO=True)  # between a convolution and its BatchNorm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -68,8 +69,8 @@ class VGG8(nn.Module):
             layers = [per_step(nn.Conv2d(c_in, c_out, 3, padding=1))]
             if number in sma_blocks:
                 activation = lif if branch_activation == "lif" else branch_activation
-                azo = {"AZO": AZO, "RCR": RCR, "RTR": RTR}
-                form = {"activation": activation, "groups": branch_groups, "recompute": recompute}
+                azo: dict[str, Any] = {"AZO": AZO, "RCR": RCR, "RTR": RTR}
+                form: dict[str, Any] = {"activation": activation, "groups": branch_groups, "recompute": recompute}
                 layers.append(SMA(c_out, T, kernels, C_reduction, T_reduction, **azo, **form))
             layers += [per_step(nn.BatchNorm2d(c_out)), lif(), per_step(nn.MaxPool2d(2))]
             return nn.Sequential(*layers)

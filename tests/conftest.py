@@ -50,6 +50,14 @@ def rows(output):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
+def same_weights(a, b):
+    """Whether two files hold the same weights, to the last bit."""
+    from utils.checkpoint import read_weights  # see parse
+
+    a, b = read_weights(a)[0], read_weights(b)[0]
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 @pytest.fixture(scope="session")
 def gesture_data(tmp_path_factory):
     """A data set in the layout of DVS128 Gesture: 11 classes, 22 training and 11 test samples."""
@@ -80,6 +88,17 @@ def load_script(name):
     return module
 
 
+def parse(name, *arguments):
+    """The settings of a script for a command line: ``parse("dvs128", "-N", 7)``."""
+    from utils.event_args import parse_event_args  # not above: models must not be imported before the lines there
+    from utils.image_args import parse_image_args
+
+    module, argv = load_script(name), list(map(str, arguments))
+    if name == "imagenet":
+        return parse_image_args(module.SETTINGS, module.__doc__, argv)
+    return parse_event_args(module.SETTINGS, module.__doc__, module.DATA_SET, argv)
+
+
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Run a script's main in this process: ``script("dvs128", "--lr", "0.1")`` gives (exit code, stdout, stderr)."""
@@ -100,6 +119,13 @@ def script(monkeypatch, capsys):
         return code, captured.out, captured.err
 
     return run
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that start real processes are slow."""
+    for item in items:
+        if "launch" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Reading weights from anywhere, safely; saving whole files; continuing a run."""
 
+import os
 import pickle
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +10,13 @@ from torch import nn
 
 import utils.checkpoint
 from models import VGG8, sma_vgg8_ncaltech101
-from tests.reliability.reliability import damages
-from utils.checkpoint import Checkpoints, describe_vgg8, load_weights, read_weights
+from tests.reliability.runs import damages
+from utils.checked import write_checked
+from utils.checkpoint import Checkpoints, load_weights, read_weights
 from utils.distributed import Process
 from utils.engine import Progress
 from utils.errors import UserError
-from utils.files import write_checked
+from utils.networks import settings_of_weights
 
 ALONE = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -130,7 +131,7 @@ def write_zip(path):
         (write_whole_module, "can run code"),
         (lambda p: p.write_bytes(pickle.dumps(Hostile(), protocol=2)), "can run code"),
         (lambda p: None, "does not exist"),
-        (lambda p: p.mkdir(), "does not exist"),
+        (lambda p: p.mkdir(), "is a folder and no file"),
     ],
     ids=["html", "empty", "zeros", "cut", "zip", "list", "none", "hostile", "module", "pickle", "missing", "folder"],
 )
@@ -160,12 +161,16 @@ def test_what_is_no_weights_file_is_refused_in_one_sentence(write, message, tmp_
         ({"sma_blocks": []}, {"num_classes": 3, "width": 0.125, "sma_blocks": []}),
     ],
 )  # fmt: skip
-def test_the_network_is_told_from_the_shapes(arguments, expected):
-    assert describe_vgg8(small(**arguments).state_dict()) == expected
+def test_the_network_is_inferred_from_the_shapes(arguments, expected):
+    weights = small(**arguments).state_dict()
+    assert settings_of_weights(weights, "vgg8") == settings_of_weights(weights) == expected
+    with pytest.raises(UserError, match="not the weights of an SMA-MS-ResNet-18, 34 or 104; the names begin with bl"):
+        settings_of_weights(weights, "ms_resnet")
 
 
-def test_foreign_weights_tell_nothing():
-    assert describe_vgg8(nn.Linear(2, 2).state_dict()) == {}
+def test_foreign_weights_are_no_network_of_this_project():
+    with pytest.raises(UserError, match="an SMA-VGG8 or an SMA-MS-ResNet-18, 34 or 104; the names begin with weight"):
+        settings_of_weights(nn.Linear(2, 2).state_dict())
 
 
 def make(directory, recipe=None, seed=0):
@@ -406,39 +411,39 @@ def test_a_checkpoint_that_cannot_be_read_is_left_for_the_previous_one(tmp_path,
     checkpoints.save(1, 10.0)
     checkpoints.save(2, 5.0)
 
-    def broken_disk(path, *arguments, before=Path.open, **keywords):
-        if path.name == "last.pt":
+    def broken_disk(path, *arguments, before=os.open, **keywords):
+        if os.path.basename(path) == "last.pt":
             raise OSError(5, "Input/output error")
         return before(path, *arguments, **keywords)
 
-    monkeypatch.setattr(Path, "open", broken_disk)
+    monkeypatch.setattr(os, "open", broken_disk)
     assert make(tmp_path)[0].resume("auto") == 1
     assert "last.pt cannot be read: Input/output error; continuing from" in capsys.readouterr().err
 
 
-def test_a_run_that_goes_back_leaves_later_checkpoints_behind(tmp_path):
-    _, net, optimizer = make(tmp_path)
-    first = Checkpoints(tmp_path, {}, ALONE, net, Progress(ALONE.device), keep_every=1, optimizer=optimizer)
+def test_going_back_needs_another_folder(tmp_path):
+    _, net, optimizer = make(tmp_path / "a")
+
+    def run(folder):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        progress = Progress(ALONE.device)
+        return Checkpoints(tmp_path / folder, {}, ALONE, net, progress, keep_every=1, optimizer=optimizer)
+
+    first = run("a")
     for epoch in (1, 2, 3):
         first.save(epoch, 10.0 * epoch)
-    again = Checkpoints(tmp_path, {}, ALONE, net, Progress(ALONE.device), optimizer=optimizer)
-    assert again.resume(str(tmp_path / "epoch_0001.pt")) == 1
+    before = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    source = str(tmp_path / "a" / "epoch_0001.pt")
+    with pytest.raises(UserError, match=r"epoch_0001\.pt would go back in --output-dir .*a, which holds later checkp"):
+        run("a").resume(source)
+    assert {path: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+    again = run("b")
+    assert again.resume(source) == 1
     assert again.best == {"acc1": 10.0, "epoch": 1}
-    kept = {p.name: torch.load(p, weights_only=True)["epoch"] for p in tmp_path.glob("*.pt")}
-    assert {name for name in kept if "abandoned" not in name} == {"epoch_0001.pt", "best.pt"} and kept["best.pt"] == 1
-    assert kept["abandoned_last.pt"] == kept["abandoned_best.pt"] == 3 and kept["abandoned_epoch_0002.pt"] == 2
-    assert Checkpoints(tmp_path, {}, ALONE, net, Progress(ALONE.device), optimizer=optimizer).resume("auto") == 1
-
-
-def test_going_back_to_an_older_checkpoint_makes_it_the_previous_one(tmp_path):
-    _, net, optimizer = make(tmp_path)
-    first = Checkpoints(tmp_path, {}, ALONE, net, Progress(ALONE.device), keep_every=1, optimizer=optimizer)
-    for epoch in (1, 2, 3):
-        first.save(epoch, 10.0 * epoch)
-    again = Checkpoints(tmp_path, {}, ALONE, net, Progress(ALONE.device), optimizer=optimizer)
-    assert again.resume(str(tmp_path / "epoch_0001.pt")) == 1
     again.save(2, 5.0)
-    assert [torch.load(tmp_path / f"{n}.pt", weights_only=True)["epoch"] for n in ("last", "previous")] == [2, 1]
+    kept = {path.name: torch.load(path, weights_only=True)["epoch"] for path in (tmp_path / "b").iterdir()}
+    assert kept == {"last.pt": 2, "previous.pt": 1, "best.pt": 1, "epoch_0002.pt": 2}
+    assert run("a").resume(str(tmp_path / "a" / "last.pt")) == 3  # where it stands is not back
 
 
 def test_a_checkpoint_from_inside_an_epoch_is_not_taken_for_the_best_one(tmp_path):
@@ -448,15 +453,14 @@ def test_a_checkpoint_from_inside_an_epoch_is_not_taken_for_the_best_one(tmp_pat
     stopped.save(1, 10.0)
     step(net, optimizer)
     stopped.progress.step = 2
-    stopped._save(1)  # stopped inside epoch 2
+    stopped.save_inside(1)
     continued, net, _ = make(tmp_path / "b", seed=9)
     assert continued.resume(str(tmp_path / "a" / "last.pt")) == 1
     assert not (tmp_path / "b" / "best.pt").exists()
     continued.save(2, 5.0)
     assert same(torch.load(tmp_path / "b" / "best.pt", weights_only=True)["model"], net.state_dict())
-    # Back to the end of epoch 1: what was saved inside epoch 2 is later.
-    assert make(tmp_path / "a")[0].resume(str(tmp_path / "a" / "best.pt")) == 1
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["abandoned_last.pt", "best.pt", "previous.pt"]
+    with pytest.raises(UserError, match="would go back"):  # what was saved inside epoch 2 is later
+        make(tmp_path / "a")[0].resume(str(tmp_path / "a" / "best.pt"))
 
 
 def test_without_last_and_previous_the_newest_of_the_others_continues(tmp_path, capsys):

@@ -106,7 +106,13 @@ def test_bf16_training_computes_in_bf16_and_keeps_float32_weights():
     assert {p.dtype for p in net.parameters()} == {torch.float32}
 
 
-def poisoned_training(poison, at, **keywords):
+def in_epoch(number):
+    progress = Progress(CPU)
+    progress.epoch = number
+    return progress
+
+
+def poisoned_training(poison, at):
     """Four steps whose ``at``-th (from 1) is poisoned: the network, and its states before every step and at the end."""
     (frames, labels), net, calls = samples(16), without_dropout(small()), []
 
@@ -125,12 +131,11 @@ def poisoned_training(poison, at, **keywords):
     optimizer.register_step_post_hook(lambda *_: states.append(copy.deepcopy(net.state_dict())))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     data = batches(frames, labels, 4)
-    result = None
     try:
-        result = train_one_epoch(net, data, criterion, optimizer, scaler, CPU, epoch=7, **keywords)
+        train_one_epoch(net, data, criterion, optimizer, scaler, CPU, progress=in_epoch(7))
     except UserError as error:
-        result = str(error)
-    return net, states, result
+        return net, states, str(error)
+    return net, states, ""
 
 
 def parameters_equal(net, state):
@@ -147,29 +152,6 @@ def test_divergence_stops_before_the_step_and_says_where(poison, at):
     assert parameters_equal(net, states[-1])
 
 
-@pytest.mark.parametrize("poison", ["input", "loss", "gradient"])
-def test_a_step_that_is_not_finite_is_left_out_without_a_trace(poison):
-    net, states, result = poisoned_training(poison, 2, nan_limit=1)
-    assert len(states) == 4 and (result["count"], result["left_out"]) == (12, 1)
-    assert math.isfinite(result["loss"])
-    # The same as training on the other batches alone: weights, optimiser, running statistics.
-    (frames, labels), other = samples(16), without_dropout(small())
-    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    data = [batch for number, batch in enumerate(batches(frames, labels, 4)) if number != 1]
-    expected = train_one_epoch(other, data, mse_of_mean, optimizer, scaler, CPU)
-    assert result["loss"] == expected["loss"]
-    assert all(torch.equal(value, net.state_dict()[name]) for name, value in other.state_dict().items())
-
-
-def test_no_more_steps_are_left_out_than_the_limit():
-    net, states, message = poisoned_training("weights", 1, nan_limit=2)
-    assert "epoch 7, step 3, " in message and "2 steps are left out already (--nan-limit)" in message
-    assert len(states) == 1 and parameters_equal(net, states[0])
-    *_, message = poisoned_training("weights", 1, nan_limit=99)
-    assert "every step had to be left out" in message
-
-
 @pytest.mark.parametrize("scale", [65536.0, 0.0])
 def test_a_streak_of_steps_skipped_by_the_scaler_stops_whatever_the_length_of_an_epoch(scale):
     net = small()
@@ -180,7 +162,8 @@ def test_a_streak_of_steps_skipped_by_the_scaler_stops_whatever_the_length_of_an
     progress, data = Progress(CPU), batches(*samples(20), 2)
 
     def epoch(number):
-        return train_one_epoch(net, data, mse_of_mean, optimizer, scaler, CPU, epoch=number, progress=progress)
+        progress.epoch = number
+        return train_one_epoch(net, data, mse_of_mean, optimizer, scaler, CPU, progress=progress)
 
     assert [epoch(1)["skips"], progress.reset(), epoch(2)["skips"]] == [10, None, 10]
     saved = progress.state_dict()
@@ -203,13 +186,13 @@ def test_one_step_skipped_by_the_scaler_is_counted_and_ends_no_training():
 
 def test_the_gradients_of_the_parts_add_up_to_those_of_the_batch():
     (frames, labels), results = samples(8), []
-    for accumulate in (1, 2, 4):
+    for parts in (1, 2, 4):
         net = frozen(small())
         net.train = lambda mode=True: None  # keep the stored statistics: BatchNorm sees one part at a time
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         result = train_one_epoch(
-            net, batches(frames, labels, 8), mse_of_mean, optimizer, scaler, CPU, accumulate=accumulate
+            net, batches(frames, labels, 8), mse_of_mean, optimizer, scaler, CPU, micro_batches=parts
         )
         assert result["count"] == 8
         results.append(([p.detach() for p in net.parameters()], result["loss"]))
@@ -342,7 +325,7 @@ def diverge_in_the_second_process(rank, count):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     try:  # not wrapped: the other process sees neither the loss nor the gradients
-        train_one_epoch(net, batches(frames, labels, 4), criterion, optimizer, scaler, CPU, epoch=3)
+        train_one_epoch(net, batches(frames, labels, 4), criterion, optimizer, scaler, CPU, progress=in_epoch(3))
     except UserError as error:
         return str(error)
     return "went on"

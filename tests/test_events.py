@@ -68,8 +68,8 @@ def test_the_split_depends_on_the_seed_and_not_on_the_order_of_the_directory(fol
             shutil.copy(path, tmp_path / "events_np" / name)
     again = load_event_data("ncaltech101", tmp_path, 4, split_seed=1)
     assert [p.name for p, _ in again.test.files] == [p.name for p, _ in first.test.files]
-    assert again.split == first.split
-    others = {load_event_data("ncaltech101", folder_data, 4, split_seed=seed).split for seed in range(2, 6)}
+    assert again.info == first.info
+    others = {load_event_data("ncaltech101", folder_data, 4, split_seed=seed).info.fingerprint for seed in range(2, 6)}
     assert len(others) == 4
 
 
@@ -118,6 +118,7 @@ def count_samples(root, results):
     results.put((len(data.train), len(data.test)))
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_all_see_every_sample(gesture_data, tmp_path):
     shutil.copytree(gesture_data / "events_np", tmp_path / "events_np")
     context = multiprocessing.get_context("spawn")
@@ -250,6 +251,21 @@ def test_resized_frames_are_the_same_packed_and_not(gesture_data):
         assert torch.equal(packed.train[index][0], read.train[index][0])
 
 
+def test_the_folders_of_the_published_splitters_are_taken_as_a_split(folder_data, tmp_path):
+    data = load_event_data("ncaltech101", folder_data, 4)
+    for part, samples in {"train_dataset": data.train.files, "test_dataset": data.test.files}.items():
+        for path, _ in samples:
+            target = tmp_path / part / path.parent.name / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    for _ in range(2):  # also beside what the first start made there
+        found = load_event_data("ncaltech101", tmp_path, 4)
+        assert found.classes == data.classes
+        for one, other in ((found.train, data.train), (found.test, data.test)):
+            assert [(p.name, label) for p, label in one.files] == [(p.name, label) for p, label in other.files]
+            assert all(torch.equal(one[i][0], other[i][0]) for i in range(len(one)))
+
+
 def test_flip_and_shift_is_the_same_for_all_frames_and_drops_what_leaves():
     frames = torch.zeros(3, 2, 16, 16)
     frames[:, 0, 8, 3] = 1.0
@@ -371,7 +387,7 @@ def test_a_packed_file_of_changed_frames_is_made_again(folder_data, tmp_path):
     frames = np.load(path)["frames"][::-1]  # the same events in another order: the same split, other frames
     np.savez(path, frames=frames)
     again = load_event_data("ncaltech101", tmp_path, 4)
-    assert again.train.store.path == first.train.store.path and again.split == first.split
+    assert again.train.store.path == first.train.store.path and again.fingerprint == first.fingerprint
     assert np.array_equal(again.train[3][0].numpy(), frames)
 
 

@@ -1,6 +1,8 @@
 """Photographs: reading every kind of file, labels, transforms, draws; the demo pictures."""
 
 import multiprocessing
+import os
+import shutil
 import sys
 
 import numpy as np
@@ -15,8 +17,9 @@ from utils.data import images
 from utils.data.demo_images import PATTERNS, render_picture, write_demo_images
 from utils.data.images import ImageSet, Mixup, load_image_data, normalized, readable, to_channels_last
 from utils.data.loaders import make_loaders, sample_seed, set_epoch
+from utils.data.splits import changes
 from utils.distributed import Process
-from utils.errors import UserError
+from utils.errors import DataError, UserError
 from utils.losses import cross_entropy
 from utils.optim import averaged
 
@@ -117,13 +120,95 @@ def test_the_thousand_sorted_wnids_are_the_labels_of_imagenet(tmp_path):
             (tmp_path / part / wnid / f"{wnid}_1.JPEG").touch()
     data = load_image_data(tmp_path, 32)
     assert data.classes == wnids and [label for _, label in data.test.samples] == list(range(1000))
-    assert "not the whole" in data.title
+    assert "not all of ImageNet-1K" in data.title
 
 
 def test_an_unlabelled_official_test_folder_is_ignored(folders):
     (folders / "test").mkdir()
     photograph().save(folders / "test/ILSVRC2012_test_00000001.JPEG")
     assert load_image_data(folders, 32).test.folder == folders / "val"
+
+
+@pytest.mark.parametrize("decoder", ["pil", pytest.param("torchcodec", marks=needs_torchcodec)])
+@pytest.mark.parametrize(
+    "kind", ["16 bits.png", "16 bits.tif", "16 bits.pgm", "to 1.tif", "to 255.tif", "to 65535.tif"]
+)
+def test_images_of_more_than_eight_bits_are_scaled_and_not_clipped(kind, decoder, tmp_path):
+    path = tmp_path / "train/n01" / kind.replace(" ", "_")
+    path.parent.mkdir(parents=True)
+    values = np.linspace(0, 65535, 256 * 8).round().reshape(8, 256)
+    if kind.startswith("to"):
+        Image.fromarray((values / 65535 * float(path.stem[3:])).astype(np.float32)).save(path)
+    elif path.suffix == ".pgm":
+        path.write_bytes(b"P5\n256 8\n65535\n" + values.astype(">u2").tobytes())
+    else:
+        Image.fromarray(values.astype(np.uint16)).save(path)
+    image, _ = ImageSet(tmp_path / "train", images.v2.PILToTensor(), decoder)[0]
+    assert image.shape == (3, 8, 256)
+    assert np.abs(image.numpy() - values / 257).max() <= 1
+
+
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf, 70_000.0])
+def test_an_image_of_values_that_mean_nothing_cannot_be_read(value, tmp_path):
+    path = tmp_path / "train/n01/a.tif"
+    path.parent.mkdir(parents=True)
+    Image.fromarray(np.array([[0.5, value]], np.float32)).save(path)
+    with pytest.raises(DataError, match=r"a\.tif cannot be read \(values from "):
+        _ = ImageSet(tmp_path / "train", images.v2.PILToTensor())[0]
+
+
+def test_classes_and_images_behind_links_are_read_once(folders, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (folders / "train/n01").rename(tmp_path / "elsewhere/n01")
+    (folders / "train/n01").symlink_to(tmp_path / "elsewhere/n01")
+    (folders / "train/n02/3.JPEG").rename(tmp_path / "elsewhere/3.JPEG")
+    (folders / "train/n02/3.JPEG").symlink_to(tmp_path / "elsewhere/3.JPEG")
+    assert len(load_image_data(folders, 32).train) == 8
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "what"),
+    [
+        ("train/n01/up", "train", "is a link to .*/train, which is read already"),
+        ("train/n01/other", "train/n02", "is a link to .*/n02, which is read already"),
+        ("train/n03", "train/n02", "is a link to .*/n02, which is read already"),
+        ("val/n01/4.JPEG", "val/n01/3.JPEG", "is a link to a sample that is read already"),
+        ("train/n03", "nowhere", "is a link to nothing"),
+        ("train/n01/5.JPEG", "nowhere", "is a link to nothing"),
+    ],
+)
+def test_a_link_that_leads_twice_to_the_same_or_nowhere_is_named(link, target, what, folders):
+    (folders / link).symlink_to(folders / target)
+    with pytest.raises(UserError, match=rf"1 bad files in .*\n.*{link}: {what}"):
+        load_image_data(folders, 32)
+
+
+def test_what_is_no_file_is_left_out_by_name(folders, capsys):
+    os.mkfifo(folders / "train/n01/pipe.JPEG")
+    assert len(load_image_data(folders, 32).train) == 8
+    assert f"{folders}/train/n01/pipe.JPEG: is a named pipe and no file; remove it; left out" in capsys.readouterr().err
+
+
+def test_the_data_are_told_by_their_images_wherever_they_lie(folders, tmp_path):
+    before = load_image_data(folders, 32)
+    shutil.copytree(folders / "train", tmp_path / "copy/train")
+    shutil.copytree(folders / "val", tmp_path / "copy/val")
+    copied = load_image_data(tmp_path / "copy", 32)
+    assert copied.info == before.info and changes(before.manifest, copied.manifest) == []
+    photograph((64, 64)).save(tmp_path / "copy/train/n02/1.JPEG")
+    one, other = (tmp_path / f"copy/val/n0{n}/0.JPEG" for n in (1, 2))
+    one.rename(tmp_path / "swap")
+    other.rename(one)
+    (tmp_path / "swap").rename(other)
+    (tmp_path / "copy/val/n01/3.JPEG").unlink()
+    changed = load_image_data(tmp_path / "copy", 32)
+    assert changed.info.contents != before.info.contents
+    assert changes(before.manifest, changed.manifest) == [
+        "test,n01/0.JPEG has other contents",
+        "test,n01/3.JPEG is not there any more",
+        "test,n02/0.JPEG has other contents",
+        "train,n02/1.JPEG has other contents",
+    ]
 
 
 # Transforms ---------------------------------------------------------------------------------------------------------
@@ -310,6 +395,7 @@ def _write(folder, results):
     results.put(str(write_demo_images(folder)))
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_whole_demo_set(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

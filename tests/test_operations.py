@@ -14,8 +14,8 @@ from models.neurons import lif, reset_net
 from tests.conftest import ROOT, SMALL
 from tools import report
 from utils.analysis.operations import LayerCount, OperationCounter, fan_out
-from utils.describe import describe_training
 from utils.errors import exit_with_sentence
+from utils.facts import split_in_words, training_facts, training_in_words
 from utils.prepare.datasets import DATA_SETS
 
 
@@ -222,7 +222,7 @@ def test_the_report_of_two_processes_is_that_of_one(monkeypatch, capsys, launch,
         (["--weights", "WEIGHTS"], "the data of weights file"),
         (["--weights", "WEIGHTS", "--data-dir", "."], "is not in --data-dir"),
         (["--weights", "WEIGHTS", "--data-dir", ".", "--demo"], "leave out either"),
-        (["--weights", "WEIGHTS", "--mac-pj", "-1"], "at least 0"),
+        (["--weights", "WEIGHTS", "--mac-pj", "-1"], "must be a number from 0 to 1e+06"),
     ],
 )
 def test_mistakes_end_in_a_sentence(arguments, words, monkeypatch, capsys, weights, tmp_path):
@@ -258,9 +258,9 @@ def test_released_weights_are_reported_on_the_split_of_the_script(data_set, tmp_
     evaluated = json.loads((tmp_path / "evaluated/evaluation.json").read_text())
     weights = tmp_path / "run/weights.pt"
     found, out = report_of(weights, monkeypatch, capsys, "--data-set", data_set, *common)
-    assert found["facts"]["split"] == evaluated["split"]
+    assert found["facts"]["split"] == split_in_words(evaluated["split"])
     assert f"seed {DATA_SETS[data_set].split_seed}, fingerprint" in found["facts"]["split"]
-    assert "; epoch not told by the weights file, perhaps selected on the test set; seed not told" in out
+    assert "; epoch unknown, perhaps selected on the test set; seed unknown" in out
 
 
 def test_a_run_without_bad_samples_is_reported_without_them(tmp_path, gesture_data, script, monkeypatch, capsys):
@@ -273,30 +273,30 @@ def test_a_run_without_bad_samples_is_reported_without_them(tmp_path, gesture_da
     found, _ = report_of(tmp_path / "run/last.pt", monkeypatch, capsys)
     trained = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert (found["evaluation"]["correct"], found["evaluation"]["count"]) == (trained["correct"], 10)
-    assert found["facts"]["split"] == trained["split"] and found["facts"]["left out"] == "1 bad files"
+    assert found["facts"]["split"] == split_in_words(trained["split"]) and found["facts"]["left out"] == "1 bad files"
     arguments = ["--weights", tmp_path / "run/last.pt", "--device", "cpu", "--on-bad-sample", "stop"]
     code, _, err = run_tool(monkeypatch, capsys, report.main, *arguments)
     assert code == 2 and "1 bad files" in err
 
 
 @pytest.mark.parametrize(
-    ("beside", "epoch"),
+    ("known", "selection", "epoch"),
     [
-        ({"epoch": 5, "best": {"epoch": 3}}, "5 of 5, the final one"),
-        ({"epoch": 5, "best": {"epoch": 5}}, "5 of 5, the final one, also the best on the test set"),
-        ({"epoch": 3, "best": {"epoch": 3}}, "3 of 5, the best so far (selected on the test set)"),
-        ({"epoch": 3, "best": {"epoch": 2}}, "3 of 5, neither the final nor the best one"),
-        ({"epoch": 3, "accuracy": {"of": "the best test epoch, 3 (selected on the test set)"}},
-         "3 of 5, the best so far (selected on the test set)"),
-        ({"epoch": 3, "accuracy": {"of": "an evaluation of these weights"}},
-         "3 of 5, perhaps selected on the test set"),
-        ({"epoch": 3, "best": {"epoch": 3}, "processes": [{"progress": {"step": 4}}]},
-         "3 of 5, and 4 step(s) of the next"),
+        ({"epoch": 5, "best": {"epoch": 3}}, "final", "5 of 5, the final one"),
+        ({"epoch": 5, "best": {"epoch": 5}}, "final and best", "5 of 5, the final one, also the best on the test set"),
+        ({"epoch": 3, "best": {"epoch": 3}}, "best", "3 of 5, the best so far (selected on the test set)"),
+        ({"epoch": 3, "best": {"epoch": 2}}, "none", "3 of 5, neither the final nor the best one"),
+        ({"epoch": 3, "selection": "best"}, "best", "3 of 5, the best so far (selected on the test set)"),  # exported
+        ({"epoch": 3, "selection": "unknown"}, "unknown", "3 of 5, perhaps selected on the test set"),
+        ({"epoch": 3, "best": {"epoch": 3}, "processes": [{"progress": {"step": 4}}]}, "none",
+         "3 of 5 and 4 step(s) of the next, neither the final nor the best one"),
     ],
 )  # fmt: skip
-def test_the_epoch_and_seed_of_an_accuracy_are_told(beside, epoch):
-    recipe = {"epochs": 5, "seed": 17}
-    assert describe_training({"recipe": recipe, **beside}) == {"epoch": epoch, "seed": "17"}
+def test_the_epoch_and_seed_of_an_accuracy_are_known(known, selection, epoch):
+    found = training_facts({"recipe": {"epochs": 5, "seed": 17}, **known})
+    assert (found["epoch"], found["epochs"], found["seed"]) == (known["epoch"], 5, 17)
+    assert found["selection"] == selection
+    assert training_in_words(found) == {"epoch": epoch, "seed": "17"}
 
 
 def test_an_accuracy_of_best_pt_says_that_the_test_set_selected_it(

@@ -198,6 +198,7 @@ def undisturbed(tmp_path_factory):
     return content(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "data_set"), [(caltech, "ncaltech101"), (gesture, "dvs128")])
 def test_killed_at_twenty_moments_it_ends_with_the_same_bytes(make, data_set, tmp_path):
     root = make(tmp_path / "undisturbed")
@@ -471,6 +472,29 @@ def test_check_lists_an_archive_that_cannot_be_read_with_the_others(prepare, tmp
     error = error_of(prepare("cifar10dvs", "--data-dir", tmp_path, *SMALL, "--check"))
     assert "2 bad of 10 archives" in error and "cat.zip: cannot be read (Input/output error)" in error
     assert "frog.zip: is damaged or cut off" in error
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_an_archive_that_unpacks_to_far_too_much_is_refused(kind, prepare, tmp_path):
+    """Zeros, a thousand times as much as the file; a zip is refused before anything of it is written."""
+    root = tmp_path / "data/dvs128"
+    if kind == "zip":
+        make_zip(root / "Caltech101.zip", {"Caltech101/ant/a.bin": bytes(10), "Caltech101/ant/b.bin": bytes(70 << 20)})
+    else:
+        make_tar(root / "DvsGesture.tar.gz", {"DvsGesture/a.aedat": bytes(10), "DvsGesture/b.aedat": bytes(70 << 20)})
+    code, out, err = prepare({"zip": "ncaltech101", "tar": "dvs128"}[kind], "--data-dir", root, *SMALL)
+    assert code == 2 and "unpacks to more than 0.0671 GB or 1000000 files" in err and "Traceback" not in err
+    assert "at most 0.0671 GB" in out
+    written = sum(path.stat().st_size for path in root.rglob("*.bin*"))
+    assert written == 0 and not (root / "extract").exists()
+
+
+def test_an_archive_that_has_no_room_is_refused_before_it_is_unpacked(prepare, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    code, out, err = prepare("ncaltech101", "--data-dir", caltech(tmp_path), *SMALL)
+    assert code == 2 and "or than is free in" in err and "make room" in err and "1e-06 GB are free" in out
+    assert not list(tmp_path.rglob("*.bin"))
 
 
 def test_a_checksum_is_compared_and_remembered(tmp_path):

@@ -535,6 +535,25 @@ def test_no_room_is_one_sentence_and_the_next_run_goes_on(data):
     assert tree(data) == expected
 
 
+def test_archives_that_the_disk_has_no_room_for_are_refused_before_anything_is_unpacked(data):
+    put_all(data)
+    os.truncate(data / TRAIN, shutil.disk_usage(data).free + 10**10)  # a hole: it takes no room itself
+    sentence = refused(data)
+    assert f"--data-dir {data} has room for " in sentence and "make room" in sentence
+    assert tree(data) == {}
+
+
+@pytest.mark.parametrize("name", [".image_counts", "..image_counts.partial", ".lock", ".val.partial"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_nothing_of_its_own_leads_out_of_the_folder_or_hangs(data, tmp_path, name, kind):
+    expected = put_all(data)
+    (tmp_path / "victim").write_text("mine")
+    (data / name).symlink_to(tmp_path / "victim") if kind == "link" else os.mkfifo(data / name)
+    code, _, err = run(data)
+    assert (tree(data) == expected) if code == 0 else (code == 2 and name in err and err.count("\n") == 1), err
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
 def test_a_folder_that_cannot_be_written_is_one_sentence(data):
     put_all(data)
 

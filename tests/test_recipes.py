@@ -9,34 +9,19 @@ from torch.utils.data import TensorDataset
 
 from models import sma_vgg8_dvs128
 from models.neurons import reset_net
-from tests.conftest import ROOT, SCRIPTS, load_script
+from tests.conftest import ROOT, SCRIPTS, parse
 from tests.reference import fill
 from utils.checkpoint import Checkpoints
 from utils.data.events import flip_and_shift
 from utils.data.loaders import make_loaders, set_epoch
 from utils.distributed import Process
 from utils.engine import Progress, train_one_epoch
-from utils.event_args import parse_event_args
-from utils.image_args import parse_image_args
 from utils.losses import mse_of_mean
 from utils.optim import cosine_one_epoch_late
 
 CPU = torch.device("cpu")
 ONE = Process(0, 0, 1, CPU)
 TOLERANCE = 1e-9
-
-
-@pytest.fixture
-def recipe_of_script():
-    """The settings of a script for a command line: ``recipe_of_script("dvs128", "-N", 7)``."""
-
-    def parse(name, *arguments):
-        module, argv = load_script(name), list(map(str, arguments))
-        if name == "imagenet":
-            return parse_image_args("", module.RECIPE, module.DEMO, argv)
-        return parse_event_args("", module.DATA_SET, module.RECIPE, module.DEMO, argv)
-
-    return parse
 
 
 class Run:
@@ -119,12 +104,12 @@ def test_dropout_draws_one_mask_for_all_steps_and_another_after_a_reset():
 @pytest.mark.parametrize(
     ("name", "epochs", "lr"), [("dvs128", 200, 1e-4), ("cifar10dvs", 200, 1e-3), ("ncaltech101", 300, 1e-3)]
 )
-def test_event_recipes_have_the_published_cosine(name, epochs, lr, recipe_of_script):
-    assert recipe_of_script(name, "-N", epochs).decay == epochs
-    assert recipe_of_script(name).decay == recipe_of_script(name).epochs == epochs
-    args = recipe_of_script(name, "-N", 7, "--decay", 5)
+def test_event_recipes_have_the_published_cosine(name, epochs, lr):
+    assert parse(name, "-N", epochs).decay == epochs
+    assert parse(name).decay == parse(name).epochs == epochs
+    args = parse(name, "-N", 7, "--decay", 5)
     assert (args.epochs, args.decay) == (7, 5)
-    args = recipe_of_script(name)
+    args = parse(name)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.decay)
     for epoch in range(1, epochs + 1):
@@ -187,15 +172,15 @@ def test_without_drop_last_every_process_takes_its_last_smaller_batch(world_size
     assert set(seen) == set(range(23)) and len(seen) == share * world_size
 
 
-def test_published_defaults_of_all_scripts(recipe_of_script):
+def test_published_defaults_of_all_scripts():
     names = ("timesteps", "batch_size", "epochs", "lr", "seed", "RCR", "RTR", "weight_decay")
-    found = {name: [getattr(recipe_of_script(name), key) for key in names] for name in SCRIPTS}
+    found = {name: [getattr(parse(name), key) for key in names] for name in SCRIPTS}
     assert found == {
         "dvs128": [16, 9, 200, 1e-4, 3401, 10, 4, 1e-3],
         "cifar10dvs": [10, 24, 200, 1e-3, 3404, 4, 4, 0.0],
         "ncaltech101": [14, 6, 300, 1e-3, 3402, 24, 4, 0.0],
         "imagenet": [6, 256, 200, 0.1, 445, 4, 2, 1e-4],
     }
-    assert recipe_of_script("ncaltech101").momentum_decay == 1e-3
-    imagenet = recipe_of_script("imagenet")
+    assert parse("ncaltech101").momentum_decay == 1e-3
+    imagenet = parse("imagenet")
     assert (imagenet.net, imagenet.label_smoothing, imagenet.AZO, imagenet.mixup) == ("resnet18", 0.1, False, False)

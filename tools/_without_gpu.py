@@ -7,6 +7,7 @@ is imitated. Either stops where devices mix or where the host asks for a value.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -19,10 +20,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from models.fast import dispatch, kernels, neuron_kernels
+from models.fast import dispatch, kernels, loops, neuron_kernels, passes
 from models.neurons import reset_net
 
-__all__ = ["HostQuestionError", "Launch", "fake_cuda_forward", "launches", "no_questions", "pretended_step"]
+__all__ = [
+    "HostQuestionError",
+    "Launch",
+    "backward",
+    "cuda_autocast",
+    "cupy_sources",
+    "fake_cuda_forward",
+    "gpu_claims",
+    "launches",
+    "neurons_in",
+    "no_questions",
+    "pretended_step",
+]
 
 GPU = torch.device("cuda", 0)
 MODULES = (kernels, neuron_kernels)
@@ -73,7 +86,9 @@ def launches(work: bool = True) -> Iterator[list[Launch]]:
                 if type(value).__name__ in ("JITFunction", "InterpretedFunction"):
                     full = f"{module.__name__}.{name}"
                     stack.enter_context(patch.object(module, name, _Recorder(full, found)))
-        stack.enter_context(patch.object(dispatch, "has_kernels", lambda *case: work))
+        passes_in = kernels if work else loops
+        for module in (dispatch, passes):
+            stack.enter_context(patch.object(module, "implementation", lambda x, scales=1: passes_in))
         stack.enter_context(patch.object(torch.cuda, "device_of", lambda tensor: nullcontext()))
         yield found
 
@@ -88,7 +103,7 @@ class no_questions(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func._opname in _QUESTIONS:
+        if func._opname in _QUESTIONS and args[0].device.type != "cpu":  # an optimiser's count of steps is on the CPU
             raise HostQuestionError(f"{func} on the path of a GPU")
         if func is torch.ops.aten.batch_norm_update_stats.default:  # torch has no shapes for it
             x = args[0]
@@ -99,16 +114,12 @@ class no_questions(TorchDispatchMode):
         return result
 
 
-class _ClaimsGPU(TorchFunctionMode):
+class gpu_claims(TorchFunctionMode):
     """Inside, meta tensors say that they are on a GPU, where new ones become meta tensors; autocast is a GPU's."""
 
     _HALF = frozenset(["conv1d", "conv2d", "conv3d", "linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "einsum"])
     _FULL = frozenset(["softmax", "log_softmax", "sum", "prod", "cumsum", "pow", "rsqrt", "reciprocal", "exp", "log"])
     _FULL |= {"norm", "mse_loss", "cross_entropy", "nll_loss", "layer_norm"}
-
-    def __init__(self, amp: torch.dtype | None):
-        super().__init__()
-        self.amp = amp
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -118,12 +129,16 @@ class _ClaimsGPU(TorchFunctionMode):
             if func.__self__ is torch.Tensor.is_cuda:
                 return args[0].is_meta
             value = func(*args)
+            if sys._getframe(1).f_code.co_name == "_default_meta_extractor":
+                return value  # torch.utils.checkpoint compares with what it saw outside
             return GPU if isinstance(value, torch.device) and value.type == "meta" else value
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         if name in ("tolist", "numpy", "cpu"):
             raise HostQuestionError(f"Tensor.{name} on the path of a GPU")
         args, kwargs = tree_map(lambda x: torch.device("meta") if _is_gpu(x) else x, (args, kwargs or {}))
-        if self.amp is not None and name in self._HALF | self._FULL:
-            dtype = self.amp if name in self._HALF else torch.float32
+        if name in self._HALF | self._FULL and torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda") if name in self._HALF else torch.float32
             args, kwargs = tree_map(lambda x: x.to(dtype) if _is_float(x) else x, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -137,15 +152,18 @@ def _is_float(x: Any) -> bool:
 
 
 @contextmanager
-def _autocast(dtype: torch.dtype | None) -> Iterator[None]:
-    """``torch.autocast("cuda")``, which switches itself off where there is no GPU."""
-    torch.set_autocast_enabled("cuda", dtype is not None)
-    torch.set_autocast_dtype("cuda", dtype or torch.float16)
-    try:
+def cuda_autocast(dtype: torch.dtype | None) -> Iterator[None]:
+    """``torch.autocast("cuda")``, also where there is no GPU; None: off."""
+    with _autocast_works(), torch.autocast("cuda", dtype=dtype or torch.float16, enabled=dtype is not None):
         yield
-    finally:
-        torch.set_autocast_enabled("cuda", False)
-        torch.clear_autocast_cache()
+
+
+@contextmanager
+def _autocast_works() -> Iterator[None]:
+    """Inside, autocast does not switch itself off for want of a GPU."""
+    available = patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    with available, patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True):
+        yield
 
 
 Make = Callable[[], nn.Module]
@@ -170,7 +188,7 @@ def fake_cuda_forward(
         with torch.device(GPU):
             net, x = make(), torch.zeros(shape)
         choose(net.train(training))
-        with _autocast(amp):
+        with cuda_autocast(amp):
             return net, net(x)
 
 
@@ -182,15 +200,19 @@ def pretended_step(
         with torch.device("meta"):
             net, x = make().train(training), torch.zeros(shape)
         choose(net)
-        with _autocast(amp), _ClaimsGPU(amp):
+        with cuda_autocast(amp), gpu_claims():
             y = net(x)
-        with _ClaimsGPU(None):
-            loss = y.float().pow(2).mean()
-            # The call below Tensor.backward, which would leave the mode.
-            run = torch.autograd.Variable._execution_engine.run_backward
-            run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+        with gpu_claims():
+            backward(y.float().pow(2).mean())
             reset_net(net)
     return net
+
+
+def backward(loss: Tensor) -> None:
+    """``loss.backward()``, by the call below it, which does not leave :class:`gpu_claims`."""
+    run = torch.autograd.Variable._execution_engine.run_backward
+    with _autocast_works():  # recomputation enters it again
+        run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def neurons_in(name: str) -> Choose:

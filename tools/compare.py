@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import os
-import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -33,11 +32,11 @@ from typing import Any
 if not __package__:  # run as a file: the modules of the repository are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.analysis.runs import read_json, read_metrics
+from utils.analysis.runs import read_metrics, read_run_file
 from utils.analysis.tables import markdown_table
 from utils.args import words
 from utils.errors import SentenceParser, UserError, exit_with_sentence
-from utils.files import write_text, writing
+from utils.files import check_fields, write_text, writing
 from utils.logger import check_output
 
 __all__ = ["Group", "Run", "differences", "group_runs", "make_parser", "read_run", "sampling_error", "to_markdown"]
@@ -45,8 +44,8 @@ __all__ = ["Group", "Run", "differences", "group_runs", "make_parser", "read_run
 Z = 1.96
 # What a result does not depend on, or what is compared by itself (the data, in words).
 _IGNORED = {
-    "seed", "data_dir", "output_dir", "log_dir", "resume", "keep_every", "device", "local_rank", "gpu",
-    "num_workers", "evaluate", "backend", "decoder", "timeout", "deterministic",
+    "seed", "data_dir", "output_dir", "log_dir", "resume", "keep_every", "device", "local_rank", "gpu", "num_workers",
+    "evaluate", "backend", "decoder", "timeout", "deterministic", "record_azo", "split", "split_seed", "recompute",
 }  # fmt: skip
 
 
@@ -57,8 +56,10 @@ class Run:
     path: Path
     settings: dict[str, Any]
     seed: int
-    data: str
-    split: str
+    data: str  # its title, which names the folder of data that are not the published ones
+    layout: str  # the data set of that layout
+    split: str  # fingerprint
+    contents: str  # of the frames, so of T, too
     count: int
     final: float
     best: float
@@ -88,34 +89,34 @@ def read_run(path: Path) -> Run:
     Raises:
         UserError: something of it is missing, or it is not finished.
     """
-    described, metrics = read_json(path, "args.json"), read_metrics(path)
-    settings = {**described.get("args", {}), **_global_batch(described)}
-    done, epochs = len(metrics["epoch"]), settings.get("epochs")
-    if done != epochs:
-        raise UserError(f"run {path} is not finished: {done} of {epochs} epochs; the same command continues it")
-    evaluation = read_json(path, "evaluation.json")
+    described, metrics = read_run_file(path, "args.json"), read_metrics(path)
+    check_fields(described["args"], {"epochs": int, "seed": int}, path / "args.json", "a finished run")
+    evaluation = read_run_file(path, "evaluation.json")
     accuracy = metrics["test_acc1"]
-    best = max(range(done), key=accuracy.__getitem__)
     try:
+        settings = {**described["args"], "global batch": described["batch"]["global"]}
+        done, epochs = int(metrics["epoch"][-1]), settings["epochs"]
+        if done != epochs or evaluation["selection"] != "final":
+            raise UserError(f"run {path} is not finished: {done} of {epochs} epochs; the same command continues it")
+        best = max(range(len(accuracy)), key=accuracy.__getitem__)
         return Run(
             path=path,
             settings={name: value for name, value in settings.items() if name not in _IGNORED},
             seed=settings["seed"],
-            data=described["data"],
-            split=described.get("split", ""),
+            data=described["data"]["title"],
+            layout=described["data"]["name"],
+            split=described["split"]["fingerprint"],
+            contents=described["split"]["contents"],
             count=evaluation["count"],
             final=accuracy[-1],
             best=accuracy[best],
             best_epoch=int(metrics["epoch"][best]),
         )
-    except KeyError as error:
-        raise UserError(f"run {path} lacks {error} in args.json or evaluation.json; give a finished run") from error
-
-
-def _global_batch(described: dict[str, Any]) -> dict[str, int]:
-    """Samples a step of all processes together: ``batch_size`` is that of one process on event data."""
-    found = re.search(r"(\d+) global", described.get("batch", ""))
-    return {"global batch": int(found[1])} if found else {}
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"run {path} is not as a run of this program writes it (args.json or evaluation.json: {error}); give a "
+            "finished run"
+        ) from error
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -126,7 +127,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """
     together: dict[str, list[Run]] = {}
     for run in runs:
-        key = json.dumps([run.settings, run.data, run.split, run.count], sort_keys=True)
+        key = json.dumps([run.settings, run.layout, run.contents, run.count], sort_keys=True)
         together.setdefault(key, []).append(run)
     for alike in together.values():
         for a, b in itertools.combinations(alike, 2):
@@ -134,13 +135,13 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
                 raise UserError(f"runs {a.path} and {b.path} have the same settings and seed {a.seed}; leave one out")
     groups = list(together.values())
     names = sorted({name for run in runs for name in run.settings})
-    several_data = len({run.data for run in runs}) > 1
+    several_data = _data_differ([group[0] for group in groups])
     changing = [name for name in names if len({json.dumps(g[0].settings.get(name)) for g in groups}) > 1]
 
     def name_of(run: Run) -> str:
-        told = ", ".join(f"{name} {words(run.settings.get(name))}" for name in changing)
-        told = ", ".join(part for part in (run.data if several_data else "", told) if part)
-        return told or (run.path.resolve().name if len(groups) > 1 else "all runs")
+        changed = ", ".join(f"{name} {words(run.settings.get(name)) or 'unset'}" for name in changing)
+        changed = ", ".join(part for part in (run.data if several_data else "", changed) if part)
+        return changed or (run.path.resolve().name if len(groups) > 1 else "all runs")
 
     return [Group(name_of(alike[0]), alike) for alike in groups]
 
@@ -172,12 +173,21 @@ def differences(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 def what_differs(groups: Sequence[Group]) -> list[str]:
     """In which of data, split and number of test samples the groups differ, in words."""
-    found = []
-    for name, title in (("data", "data"), ("split", "split"), ("count", "test samples")):
-        values = sorted({str(getattr(group.runs[0], name)) for group in groups})
-        if len(values) > 1:
-            found.append(f"{title} ({' / '.join(values)})")
-    return found
+    runs = [group.runs[0] for group in groups]
+    found = {"split": {run.split for run in runs}, "test samples": {str(run.count) for run in runs}}
+    if _data_differ(runs):
+        titles = {run.data for run in runs}
+        found = {"data": titles if len(titles) > 1 else {run.contents for run in runs}, **found}
+    return [f"{title} ({' / '.join(sorted(values))})" for title, values in found.items() if len(values) > 1]
+
+
+def _data_differ(runs: Sequence[Run]) -> bool:
+    """Whether the data of runs differ; frames of two T cannot be compared, so there the names of the samples decide."""
+    return any(
+        a.layout != b.layout
+        or (a.contents != b.contents and a.settings.get("timesteps") == b.settings.get("timesteps"))
+        for a, b in itertools.combinations(runs, 2)
+    )
 
 
 def to_markdown(groups: Sequence[Group], unlike: Sequence[str]) -> str:
@@ -189,7 +199,7 @@ def to_markdown(groups: Sequence[Group], unlike: Sequence[str]) -> str:
         spread = [_mean_and_std(group, which) for which in ("final", "best")]
         table.append([group.name, str(len(group.runs)), seeds, str(group.runs[0].count), *spread, epochs])
     lines = [
-        f"data: {groups[0].runs[0].data}; split: {groups[0].runs[0].split or 'its own'}",
+        f"data: {groups[0].runs[0].data}; split: fingerprint {groups[0].runs[0].split}",
         "",
         markdown_table(table),
         "",

@@ -1,13 +1,16 @@
-"""Export trained weights: to safetensors with what is known of them, back to .pt, or as a program of torch.export.
+"""Export trained weights: to safetensors with what is known of them, back to .pt, as a folder for the Hugging Face hub,
+or as a program of torch.export.
 
     python tools/export.py weights output/dvs128/last.pt --output sma_azo_vgg8_dvs128.safetensors
+    python tools/export.py hub     output/dvs128/last.pt --output sma_azo_vgg8_dvs128
     python tools/export.py show    sma_azo_vgg8_dvs128.safetensors
     python tools/export.py back    sma_azo_vgg8_dvs128.safetensors --output weights.pt
     python tools/export.py program sma_azo_vgg8_dvs128.safetensors --output sma_azo_vgg8_dvs128.pt2 --size 128
 
-The metadata of a safetensors file are JSON: the network, the recipe, the epoch, the accuracy and what it is of, the
-data and their split, the versions. Its SHA-256 lies beside it (``sha256sum -c NAME.safetensors.sha256``) and is checked
-whenever the file is read and the checksum is there. All scripts take the file as ``--weights``.
+The metadata of a safetensors file are JSON: network, recipe, epoch and what selected it, accuracy, data, split,
+versions. Its SHA-256 is written next to it (``sha256sum -c NAME.safetensors.sha256``) and checked whenever the file is
+read. All scripts take the file as ``--weights``. The folder of ``hub`` is in the layout of the Hugging Face hub;
+``models.load`` reads it.
 """
 
 from __future__ import annotations
@@ -15,12 +18,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -30,131 +32,170 @@ if not __package__:  # run as a file: the modules of the repository are one fold
 
 from models import VGG8
 from models.neurons import reset_net
+from utils.analysis.figures import draw_curves, save
+from utils.analysis.model_card import model_card
+from utils.analysis.runs import read_metrics
 from utils.args import size
+from utils.checked import write_checked
 from utils.checkpoint import put_weights, read_weights
-from utils.describe import versions
 from utils.errors import SentenceParser, UserError, exit_with_sentence, user_input
 from utils.exported import checksum_file, sha256_of, write_exported
-from utils.files import partial_of, write_checked, writing
+from utils.facts import training_facts, training_in_words
+from utils.files import Fields, read_json, replacing, write_text, writing
 from utils.networks import build_network, describe_network
+from utils.versions import versions
 
 __all__ = ["make_parser"]
 
-_OF_A_RUN = ("recipe", "epoch", "accuracy", "data", "split", "network", "source", "versions")
+_OF_A_RUN = (
+    "recipe", "facts", "epoch", "epochs", "steps", "seed", "selection", "accuracy", "network", "source", "versions",
+)  # fmt: skip
 _ACCURACY = ("acc1", "acc5", "correct", "correct5", "count", "loss")
 
 
 def export_weights(args: argparse.Namespace) -> None:
-    """Write a safetensors file with metadata, and its checksum beside it."""
-    weights, beside = read_weights(args.file)
-    network, keywords = describe_network(weights, beside)
-    facts = {
-        **{name: beside[name] for name in _OF_A_RUN if name in beside},
-        **_known_of_run(args.file, beside, args.evaluation),
+    """Write a safetensors file with metadata, and its checksum next to it."""
+    weights, facts = _weights_and_facts(args)
+    write_exported(weights, facts, args.output)
+    print(f"{args.output}: {len(weights)} tensors, {_accuracy_in_words(facts)}")
+    print(f"{checksum_file(args.output)}: SHA-256 {sha256_of(args.output)}")
+
+
+def export_hub(args: argparse.Namespace) -> None:
+    """Write a folder for the Hugging Face hub: weights, config.json, and a model card to complete."""
+    weights, facts = _weights_and_facts(args)
+    network, about = facts["network"], facts.get("facts", {})
+    if "T" not in network:
+        raise UserError(f"T of {args.file} is unknown: the network has no SMA, and the file has no recipe")
+    if "data" in about:  # where they lie on this machine is for nobody else
+        facts["facts"] = {**about, "data": {k: v for k, v in about["data"].items() if k != "folder"}}
+    if "recipe" in facts:
+        facts["recipe"] = {name: value for name, value in facts["recipe"].items() if name != "weights"}
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise UserError(f"--output {args.output} exists already and is not empty; delete it or choose another name")
+    config = {
+        "network": network["name"],
+        "keywords": {name: value for name, value in network.items() if name != "name"},
+        "library_name": "pytorch",
+    }
+    curves = args.file.with_name("metrics.csv").exists()
+    write_exported(weights, facts, args.output / "model.safetensors")
+    with writing(f"--output {args.output}"):
+        write_text(args.output / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(args.output / "README.md", model_card(facts, args.license, curves))
+    if curves:
+        run = args.file.parent
+        save(draw_curves({run.resolve().name: read_metrics(run)}), args.output / "curves.png")
+    print(f"{args.output}: model.safetensors ({len(weights)} tensors), config.json, README.md: read and complete it")
+
+
+def _weights_and_facts(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of ``args.file`` and what is known of them, in plain values."""
+    weights, known = read_weights(args.file)
+    network, keywords = describe_network(weights, known)
+    return weights, {
+        **{name: known[name] for name in _OF_A_RUN if name in known},
+        **_known_of_run(args.file, known, args.evaluation),
         "network": {"name": network, **keywords},
         "source": {"name": args.file.name, "sha256": sha256_of(args.file)},
         "versions": versions(),
     }
-    write_exported(weights, facts, args.output)
-    print(f"{args.output}: {len(weights)} tensors, {_accuracy_in_words(facts.get('accuracy'))}")
-    print(f"{checksum_file(args.output)}: SHA-256 {sha256_of(args.output)}")
 
 
 def export_back(args: argparse.Namespace) -> None:
     """Write the weights of a safetensors file, and what is known of them, as a .pt file."""
-    weights, beside = read_weights(args.file)
+    weights, known = read_weights(args.file)
     _check_new(args.output)
-    write_checked({"model": weights, **beside}, args.output)
-    print(f"{args.output}: {len(weights)} tensors under 'model', {', '.join(beside) or 'nothing'} beside them")
+    write_checked({"model": weights, **known}, args.output)
+    print(f"{args.output}: {len(weights)} tensors under 'model', {', '.join(known) or 'nothing'} with them")
 
 
 def show(args: argparse.Namespace) -> None:
     """Print what is known of the weights of a file, as JSON."""
-    weights, beside = read_weights(args.file)
-    known = {name: beside[name] for name in _OF_A_RUN if name in beside}
-    network, keywords = describe_network(weights, beside)
+    weights, known = read_weights(args.file)
+    known = {name: known[name] for name in _OF_A_RUN if name in known}
+    network, keywords = describe_network(weights, known)
     print(json.dumps({**known, "network": {"name": network, **keywords}}, indent=2))
 
 
 def export_program(args: argparse.Namespace) -> None:
     """Write the network in evaluation as a program of torch.export, for any batch, and run it once."""
-    weights, beside = read_weights(args.file)
-    net = build_network(weights, beside)
+    weights, known = read_weights(args.file)
+    net = build_network(weights, known)
     put_weights(net, weights, args.file)
-    height_width = args.size or _input_size(args.file, beside.get("recipe", {}))
+    height_width = args.size or _input_size(args.file, known.get("recipe", {}))
     _check_new(args.output)
     example, batch_axis = _example(net, height_width, batch=2)
     with torch.no_grad(), warnings.catch_warnings(), user_input():
-        # Told of the membrane potentials. Every call of the program starts from 0, which is what is wanted.
+        # It warns of the membrane potentials. Every call of the program starts from 0, which is what is wanted.
         warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")
         program = torch.export.export(
             net, (example,), dynamic_shapes=({batch_axis: torch.export.Dim("B", min=1)},), strict=False
         )
     shape = ["B" if axis == batch_axis else length for axis, length in enumerate(example.shape)]
-    facts = {**{name: beside[name] for name in _OF_A_RUN if name in beside}, "input": shape}
+    facts = {**{name: known[name] for name in _OF_A_RUN if name in known}, "input": shape}
     content = io.BytesIO()  # torch aborts the process where it cannot write to a file
     torch.export.save(program, content, extra_files={"sma.json": json.dumps(facts)})
-    with writing(f"--output {args.output}"):
-        partial_of(args.output).write_bytes(content.getbuffer())
-        difference = _difference(net, partial_of(args.output), height_width)
-        os.replace(partial_of(args.output), args.output)
+    with writing(f"--output {args.output}"), replacing(args.output) as file:
+        file.write(content.getbuffer())
+        file.seek(0)
+        difference = _difference(net, file, height_width)
     print(f"{args.output}: input {shape}; largest difference of its logits from the network's: {difference:g}")
 
 
-def _known_of_run(path: Path, beside: Mapping[str, Any], evaluation: Path | None) -> dict[str, Any]:
-    """The accuracy of the weights, of what it is one, and the data and split, as the files of the run tell them."""
-    measured = _read_json(evaluation or path.with_name("evaluation.json"), needed=evaluation is not None)
-    run = _read_json(path.with_name("args.json"), needed=False)
-    epoch, epochs = beside.get("epoch"), beside.get("recipe", {}).get("epochs")
-    best = beside.get("best", {})
-    of = ""
-    if evaluation is not None or _same_file(measured.get("weights"), path):
-        of = "an evaluation of these weights"
-    elif measured.get("epoch") == "final" and epoch is not None and epoch == epochs:
-        of = "the final epoch"
-    elif epoch is not None and best.get("epoch") == epoch:
-        measured = {**run, "acc1": best["acc1"]}
-        of = f"the best test epoch, {epoch} (selected on the test set)"
-    if not of:
-        return {}
-    accuracy = {name: measured[name] for name in _ACCURACY if name in measured}
-    if "acc1" not in accuracy:
-        raise UserError(f"--evaluation {evaluation} holds no acc1; give the evaluation.json that a script wrote")
-    return {
-        "accuracy": {**accuracy, "of": of},
-        **{name: measured[name] for name in ("data", "split") if name in measured},
-    }
+def _known_of_run(path: Path, known: Mapping[str, Any], evaluation: Path | None) -> dict[str, Any]:
+    """Epoch, what selected it, and the accuracy of the weights where a file of the run holds it."""
+    trained = training_facts(known)
+    if evaluation is not None:
+        found = _read_evaluation(evaluation)
+        if "acc1" not in found:
+            raise UserError(f"--evaluation {evaluation} holds no acc1; give the evaluation.json that a script wrote")
+        if found.get("sha256") not in (None, sha256_of(path)):
+            raise UserError(
+                f"--evaluation {evaluation} is of other weights ({found.get('weights')}); give that of {path}"
+            )
+    elif known.get("accuracy"):
+        return trained
+    else:
+        found = _evaluation_next_to(path, trained)
+    accuracy = {name: found[name] for name in _ACCURACY if name in found}
+    if not accuracy and "best" in trained["selection"]:
+        accuracy = {"acc1": known["best"]["acc1"]}
+    facts = {name: found[name] for name in ("data", "split") if name in found}
+    return {**trained, **({"accuracy": accuracy} if accuracy else {}), **({"facts": facts} if facts else {})}
 
 
-def _same_file(told: str | None, path: Path) -> bool:
-    """Whether a path that a file of the run tells is that of ``path``, however both are written."""
-    return told is not None and Path(told).resolve() == path.resolve()
+def _evaluation_next_to(path: Path, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """What a script wrote of an evaluation of these weights, or of the final epoch of the run that they end."""
+    for name in (f"evaluation_of_{path.stem}.json", "evaluation.json"):
+        if (file := path.with_name(name)).exists():
+            found = _read_evaluation(file)
+            final = found.get("selection") == "final" and "final" in trained["selection"]
+            if found["sha256"] == sha256_of(path) if "sha256" in found else final:
+                return found
+    return {}
 
 
-def _read_json(path: Path, needed: bool) -> dict[str, Any]:
-    if not needed and not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"file {path} cannot be read ({error}); give the file that a script wrote") from error
-    if not isinstance(content, dict):
-        raise UserError(f"file {path} holds no JSON object; give the file that a script wrote")
-    return content
+_EVALUATION: Fields = {"acc1": (float, None), "correct": (int, None), "count": (int, None), "sha256": (str, None)}
 
 
-def _accuracy_in_words(accuracy: Mapping[str, Any] | None) -> str:
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    return read_json(path, _EVALUATION, "the file that a script wrote")
+
+
+def _accuracy_in_words(facts: Mapping[str, Any]) -> str:
+    accuracy = facts.get("accuracy")
     if not accuracy:
-        return "no accuracy known (tell it by --evaluation evaluation.json)"
+        return "no accuracy known (give it by --evaluation evaluation.json)"
     counts = f" ({accuracy['correct']} of {accuracy['count']})" if {"correct", "count"} <= accuracy.keys() else ""
-    return f"acc1 {accuracy['acc1']:.2f} %{counts} of {accuracy['of']}"
+    return f"acc1 {accuracy['acc1']:.2f} %{counts}, epoch {training_in_words(facts)['epoch']}"
 
 
 def _input_size(path: Path, recipe: Mapping[str, Any]) -> list[int]:
     """(H, W) of the input in an evaluation, from the recipe."""
     found = next((recipe[n] for n in ("test_crop", "image_size", "frame_size", "sensor_size") if recipe.get(n)), None)
     if found is None:
-        raise UserError(f"file {path} does not tell the size of the input; give it as --size, for instance --size 128")
+        raise UserError(f"file {path} does not say the size of the input; give it as --size, for instance --size 128")
     return found if isinstance(found, list) else [found, found]
 
 
@@ -165,11 +206,11 @@ def _example(net: nn.Module, height_width: list[int], batch: int) -> tuple[Tenso
     return torch.rand(*shape, *height_width, generator=generator), axis
 
 
-def _difference(net: nn.Module, path: Path, height_width: list[int]) -> float:
+def _difference(net: nn.Module, file: BinaryIO, height_width: list[int]) -> float:
     """The largest difference between the logits of the network and of its program, on another batch."""
     example, _ = _example(net, height_width, batch=3)
     reset_net(net)
-    with torch.no_grad(), path.open("rb") as file:
+    with torch.no_grad():
         found = torch.export.load(file).module()(example)
         return (found - net(example)).abs().max().item()
 
@@ -195,10 +236,13 @@ def make_parser() -> argparse.ArgumentParser:
         return command
 
     weights = add("weights", export_weights, "a new .safetensors file")
-    weights.add_argument(
-        "--evaluation", type=Path, metavar="FILE",
-        help="the evaluation.json of these weights (default: the one beside them, where it is theirs)",
-    )  # fmt: skip
+    hub = add("hub", export_hub, "a new folder")
+    for command in (weights, hub):
+        command.add_argument(
+            "--evaluation", type=Path, metavar="FILE",
+            help="the evaluation.json of these weights (default: the one next to them, where it is theirs)",
+        )  # fmt: skip
+    hub.add_argument("--license", metavar="NAME", help="of the weights, for the model card (default: none)")
     add("show", show, None)
     add("back", export_back, "a new .pt file")
     program = add("program", export_program, "a new .pt2 file")

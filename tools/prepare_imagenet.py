@@ -21,6 +21,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from errno import EEXIST
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ if not __package__:  # run as a file: the modules of the repository are one fold
     sys.path.insert(0, str(ROOT))
 
 from utils.errors import EXIT_INTERRUPTED, SentenceParser, UserError, exit_with_sentence  # noqa: E402
+from utils.files import read_text, write_text  # noqa: E402
 from utils.prepare.lock import one_process_at_a_time  # noqa: E402
 
 PAGE = "https://image-net.org/download-images"
@@ -186,12 +188,36 @@ class Record:
 
     def __init__(self, data_dir: Path) -> None:
         self.path = data_dir / ".image_counts"
-        lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
-        self.known = {m[1]: (int(m[2]), int(m[3])) for m in map(RECORD_LINE.fullmatch, lines) if m}
+        matches = map(RECORD_LINE.fullmatch, (read_text(self.path) or "").splitlines())
+        self.known = {m[1]: (int(m[2]), int(m[3])) for m in matches if m}
 
     def add(self, folder: str, tar_bytes: int, images: int) -> None:
-        with contextlib.suppress(OSError), self.path.open("a") as file:
-            file.write(f"{folder} {tar_bytes} {images}\n")
+        self.known[folder] = tar_bytes, images
+        lines = (f"{name} {size} {count}\n" for name, (size, count) in self.known.items())
+        with contextlib.suppress(OSError):
+            write_text(self.path, "".join(lines))
+
+
+def check_room(data_dir: Path, archives: dict[str, Path]) -> None:
+    """Say how much the archives unpack to; raise UserError where the disk has no room for it.
+
+    Args:
+        archives: part to its archive. What is in place already is not counted.
+    """
+    known, needed = Record(data_dir).known, 0
+    for part, archive in archives.items():
+        there = [f"train/{wnid}" for wnid in _classes(data_dir / "train")] if part == "train" else [part]
+        if part == "val" and not (data_dir / part).is_dir():
+            there = []
+        if all(folder in known for folder in there):  # others are compared with the archive first
+            needed += archive.stat().st_size - sum(known[folder][0] for folder in there)
+    free = shutil.disk_usage(data_dir).free
+    print(f"{needed / 1e9:.3g} GB to unpack, {free / 1e9:.3g} GB are free in {data_dir}", flush=True)
+    if needed > free:
+        raise UserError(
+            f"--data-dir {data_dir} has room for {free / 1e9:.3g} GB and the archives unpack to {needed / 1e9:.3g} GB; "
+            "make room, or give a folder on another disk"
+        )
 
 
 def _put(
@@ -358,7 +384,10 @@ def prepare(args: argparse.Namespace) -> None:
                 f"{labels.source} has {len(labels.wnids)} labels and {IMAGES['val']} are needed; give the labels of "
                 "all validation images, or --any-count for a subset"
             )
+    check_room(data_dir, {part: path for part, path in (("train", train_tar), ("val", val_tar)) if not missing[part]})
     for leftover in [*data_dir.glob(".val.partial"), *data_dir.glob("train/.n*.partial")]:  # of a killed run
+        if leftover.is_symlink() or not leftover.is_dir():
+            raise OSError(EEXIST, "is no folder of this program, which needs the name; move it away", str(leftover))
         shutil.rmtree(leftover)
     written, seconds = dict.fromkeys(IMAGES, 0), dict.fromkeys(IMAGES, 0.0)
     for part in ("val", "train"):  # the short one first: its mistakes show early

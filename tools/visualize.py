@@ -18,17 +18,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if not __package__:  # run as a file: the modules of the repository are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import SMA
 from models.neurons import reset_net
-from utils.analysis.azo_record import read_azo_record
+from utils.analysis.azo_record import kernel_sizes, read_azo_record
 from utils.analysis.figures import draw_attention, draw_azo, draw_curves, draw_frames, draw_spikes, save
 from utils.analysis.inspection import Inspected, add_inspection, load_inspected
+from utils.analysis.labels import layer_labels, sma_label
+from utils.analysis.predictions import sample_path
 from utils.analysis.runs import read_metrics
+from utils.analysis.spikes import in_grey, predict, spike_maps
 from utils.args import above_zero, size, whole
 from utils.data.demo import GESTURES
 from utils.data.events import EventFrames, load_event_data
@@ -41,8 +44,6 @@ from utils.prepare.datasets import DATA_SETS, sample_name
 
 __all__ = ["make_parser", "mean_attention", "spike_maps"]
 
-MOST_LAYERS = 6
-
 
 def find_sample(test: EventFrames | ImageSet, wanted: str) -> int:
     """The number of a test sample from its number or its name ``<class>/<sample>``.
@@ -50,10 +51,9 @@ def find_sample(test: EventFrames | ImageSet, wanted: str) -> int:
     Raises:
         UserError: there is none.
     """
-    paths = [Path(path) for path, _ in (test.files if isinstance(test, EventFrames) else test.samples)]
-    if wanted.isdecimal() and int(wanted) < len(paths):
+    if wanted.isdecimal() and int(wanted) < len(test):
         return int(wanted)
-    names = [sample_name(path) for path in paths]
+    names = [sample_name(sample_path(test, index)) for index in range(len(test))]
     if wanted not in names:
         raise UserError(
             f"--sample {wanted} is no test sample; give a number from 0 to {len(names) - 1} or a name, for instance "
@@ -82,8 +82,10 @@ def show_frames(args: argparse.Namespace) -> None:
     kind = Kind(args.timesteps, args.scale, args.full)
     kind.check(output)
     data = load_event_data(
-        args.data_set, data_dir, args.timesteps, sensor_size=args.sensor_size, demo=args.demo, frames="npz"
-    )
+        args.data_set, data_dir, args.timesteps, split=args.split,
+        split_seed=DATA_SETS[args.data_set].split_seed if args.split_seed is None else args.split_seed,
+        sensor_size=args.sensor_size, demo=args.demo, frames="npz",
+    )  # fmt: skip
     index = find_sample(data.test, args.sample)
     path, _ = data.test.files[index]
     frames = data.test[index][0].numpy()
@@ -97,48 +99,6 @@ def show_frames(args: argparse.Namespace) -> None:
     print(f"strip.png, frames.gif and {len(frames)} frames are in {folder}")
 
 
-def neuron_layers(net: nn.Module) -> dict[str, nn.Module]:
-    """The spiking neurons of a network, by name."""
-    return {name: module for name, module in net.named_modules() if hasattr(module, "v_threshold")}
-
-
-@torch.inference_mode()
-def spike_maps(net: nn.Module, inputs: Tensor, wanted: list[str] | None) -> dict[str, np.ndarray]:
-    """Where a network spikes on one sample: name of a layer to the share of its channels that spike, ``[T, h, w]``.
-
-    Args:
-        net: in evaluation mode.
-        inputs: of one sample.
-        wanted: names of neuron layers; None: those outside SMA that have a map, at most six, evenly spread.
-
-    Raises:
-        UserError: a name is no layer with a map.
-    """
-    maps: dict[str, np.ndarray] = {}
-    handles = []
-
-    def keep(name: str, _module: nn.Module, _inputs: tuple[Tensor, ...], spikes: Tensor) -> None:
-        if spikes.ndim == 5:  # [T, 1, C, h, w]
-            maps[name] = spikes[:, 0].float().mean(1).cpu().numpy()
-
-    for name, module in neuron_layers(net).items():
-        handles.append(module.register_forward_hook(partial(keep, name)))
-    try:
-        net(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        reset_net(net)
-    if wanted is None:
-        outside = [name for name in maps if ".S_Convs." not in name]
-        chosen = np.unique(np.linspace(0, len(outside) - 1, min(MOST_LAYERS, len(outside))).round().astype(int))
-        wanted = [outside[i] for i in chosen]
-    for name in wanted:
-        if name not in maps:
-            raise UserError(f"--layers {name} is no layer of neurons with a map; this network has {', '.join(maps)}")
-    return {name: maps[name] for name in wanted}
-
-
 def show_spikes(args: argparse.Namespace) -> None:
     """Spike heat maps of one sample per layer and time step, over the input."""
     output = args.output_dir or args.weights.parent
@@ -146,26 +106,17 @@ def show_spikes(args: argparse.Namespace) -> None:
         check_output(output)
         inspected = load_inspected(args, process)
         index = find_sample(inspected.test, args.sample)
-        sample, label = inspected.test[index]
-        inputs, _ = inspected.prepare(sample[None].to(process.device), torch.tensor([label]))
+        sample, label, inputs = inspected.sample(index, process.device)
         maps = spike_maps(inspected.net, inputs, args.layers)
         T = len(next(iter(maps.values())))
-        title = f"{_name_of(inspected, index)}: spikes of the layers"
+        predicted = predict(inspected.net, inputs)
+        labels = layer_labels(inspected.net)
+        name = sample_name(sample_path(inspected.test, index))
+        title = f"{name}; true: {inspected.classes[label]}, predicted: {inspected.classes[predicted]}"
         path = output / "figures" / f"spikes_{index}.png"
-        save(draw_spikes(_in_grey(sample, T), maps, title, args.over_input, args.steps), path)
+        labelled = {labels[name]: values for name, values in maps.items()}
+        save(draw_spikes(in_grey(sample, T), labelled, title, args.over_input, args.steps), path)
         print(f"{path} shows {', '.join(maps)}")
-
-
-def _in_grey(sample: Tensor, T: int) -> np.ndarray:
-    """A sample as grey pictures ``[T, H, W]``: where events are (polarities together), or an image, dark on white."""
-    if sample.ndim == 4:
-        return sample.sum(1).clamp(0, 1).numpy()
-    return (1 - sample.float().mean(0) / 255).expand(T, -1, -1).numpy()
-
-
-def _name_of(inspected: Inspected, index: int) -> str:
-    test = inspected.test
-    return sample_name(Path((test.files if isinstance(test, EventFrames) else test.samples)[index][0]))
 
 
 @torch.inference_mode()
@@ -217,8 +168,8 @@ def show_attention(args: argparse.Namespace) -> None:
         if not process.is_first:
             return
         for name, (time, spread, channel) in weights.items():
-            kernels = [branch.conv.kernel_size[0] for branch in modules[name].S_Convs]
-            title = f"SMA at {name}: weights of the scales, mean of {len(inspected.test)} test samples"
+            kernels = kernel_sizes(modules[name])
+            title = f"{sma_label(name)}: weights of the scales, mean of {len(inspected.test)} test samples"
             path = output / "figures" / f"attention_{name}.png"
             save(draw_attention(time, spread, channel, kernels, title), path)
             print(path)
@@ -231,7 +182,7 @@ def show_azo(args: argparse.Namespace) -> None:
     epochs, kernels, shares = read_azo_record(args.run)
     for name, share in shares.items():
         path = output / "figures" / f"azo_{name}.png"
-        title = f"Attention ZoneOut at {name}, in training (step 1 has no step before it and stays)"
+        title = f"{sma_label(name)}: replaced by Attention ZoneOut in training (step 1 has no step before it and stays)"
         save(draw_azo(epochs, share, kernels, title), path)
         print(path)
 
@@ -268,6 +219,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--demo", action="store_true", help="the built-in demo data")
     add("-T", "--timesteps", type=whole(1), default=16, metavar="T", help="frames per sample (default: 16)")
     add("--sensor-size", type=size(1), metavar="HxW", help="of another camera")
+    add("--split", default="random", metavar="random|first90|tebn|FILE", help="of the test samples (default: random)")
+    add("--split-seed", type=whole(0), metavar="N", help="of the random split (default: the recipe's)")
     add("--sample", default="0", metavar="N|NAME", help="test sample, by number or <class>/<sample> (default: 0)")
     add("--all", action="store_true", help="every frame of the data set; a second run makes what is missing")
     add("--threads", type=whole(1), default=4, metavar="N", help="with --all (default: 4)")

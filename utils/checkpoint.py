@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from utils.distributed import Process, gather
+from utils.checked import check_weights, read_checked, write_checked
+from utils.data.splits import changes
+from utils.distributed import Process, any_process, gather
 from utils.engine import Progress
-from utils.errors import StopRequested, UserError
+from utils.errors import UserError
 from utils.exported import SUFFIX, read_exported
-from utils.files import DamagedFileError, partial_of, read_checked, write_checked
+from utils.files import DamagedFileError, read_text, same_file_as
 from utils.versions import versions
 
-__all__ = ["Checkpoints", "describe_ms_resnet", "describe_vgg8", "load_weights", "put_weights", "read_weights"]
+__all__ = ["Checkpoints", "load_weights", "put_weights", "read_weights"]
 
 FORMAT = 4  # 3: one dropout mask a step, another ImageNet schedule, another --decay
 _WRAPPERS = ("model", "net", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
+_MAY_BEGIN_LATER = "azo"  # the record of what AZO replaces changes nothing in a run
+# As this program writes them; anything else under these names is ignored.
+_KINDS = {
+    "epoch": int, "recipe": Mapping, "facts": Mapping, "best": Mapping, "versions": Mapping, "accuracy": Mapping,
+    "selection": str, "steps": int,
+}  # fmt: skip
 
 
 def load_weights(net: nn.Module, path: str | Path) -> None:
@@ -45,7 +50,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a weights file without running any code of it.
 
     Returns:
-        The state dict under the names of this project, and whatever plain values lay beside it (for a file of this
+        The state dict under the names of this project, and the plain values stored with it (for a file of this
         project: ``epoch``, ``recipe``, ...; empty for a bare state dict).
     """
     path = Path(path)
@@ -53,8 +58,9 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _unwrap(content: Mapping, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict inside the content of a file, under our names, and what lies beside it."""
-    beside: dict[str, Any] = {}
+    """The state dict inside the content of a file, under our names, and the plain values stored with it."""
+    known: dict[str, Any] = {}
+    seen: list[Mapping] = []
     while not _is_state_dict(content):
         key = next((k for k in _WRAPPERS if isinstance(content.get(k), Mapping)), None)
         if key is None:
@@ -62,60 +68,13 @@ def _unwrap(content: Mapping, path: str | Path) -> tuple[dict[str, Tensor], dict
                 f"file {path} holds no weights: its entries are {sorted(map(str, content))[:8]}, and a state dict or "
                 f"one under {', '.join(_WRAPPERS)} is needed"
             )
-        beside = {**beside, **{k: v for k, v in content.items() if k != key}}
+        if any(content is one for one in seen):
+            raise UserError(f"file {path} holds no weights: its entry {key!r} contains itself; give another file")
+        seen.append(content)
+        known |= {k: v for k, v in content.items() if k != key and isinstance(v, _KINDS.get(k, object))}
         content = content[key]
-    return {_our_name(name): value for name, value in content.items()}, beside
-
-
-def describe_vgg8(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Tell the constructor arguments of an SMA-VGG8 from the names and shapes of its weights.
-
-    Returns:
-        ``num_classes``, ``width``, ``sma_blocks`` and, where there is SMA, ``timesteps``, ``branch_activation`` and
-        ``branch_groups``; an empty dictionary where these are not the weights of a VGG8.
-    """
-    first, last = weights.get("block1.0.0.weight"), weights.get("others.8.weight")
-    if first is None or last is None:
-        return {}
-    blocks = [n for n in range(1, 6) if f"block{n}.1.T_before_attention_conv.weight" in weights]
-    found = {"num_classes": last.shape[0], "width": first.shape[0] / 64, "sma_blocks": blocks}
-    if blocks:
-        sma = f"block{blocks[0]}.1."
-        found["timesteps"] = weights[sma + "T_before_attention_conv.weight"].shape[1]
-        found["branch_activation"] = "relu" if sma + "S_Convs.0.bn.bn.weight" in weights else "lif"
-        found["branch_groups"] = _groups(weights[sma + "S_Convs.0.conv.weight"])
-    return found
-
-
-def describe_ms_resnet(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Tell the constructor arguments of an SMA-MS-ResNet from the names and shapes of its weights.
-
-    Returns:
-        ``num_classes``, ``width``, ``net`` (``"resnet18"``, ...), where there is SMA ``timesteps`` and
-        ``branch_groups``, and ``sma_blocks`` unless two of its values mean the same; an empty dictionary where these
-        are not the weights of one of the three networks.
-    """
-    first, last = weights.get("conv1.0.weight"), weights.get("fc.weight")
-    stages = [len({name.split(".")[1] for name in weights if name.startswith(f"conv{n}_x.")}) for n in range(2, 6)]
-    nets = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34", (3, 8, 32, 8): "resnet104"}
-    if first is None or last is None or tuple(stages) not in nets:
-        return {}
-    suffix = ".residual_function.2.T_before_attention_conv.weight"
-    with_sma = [name for name in weights if name.endswith(suffix)]
-    found = {"num_classes": last.shape[0], "width": first.shape[0] / 64, "net": nets[tuple(stages)]}
-    places = {"none": 0, "first-two": 8, "all": sum(stages)}
-    fitting = [place for place, count in places.items() if count == len(with_sma)]
-    if len(fitting) == 1:  # in ResNet-18 the first two blocks of a stage are all of them
-        found["sma_blocks"] = fitting[0]
-    if with_sma:
-        found["timesteps"] = weights[with_sma[0]].shape[1]
-        found["branch_groups"] = _groups(weights[with_sma[0].replace("T_before_attention_conv", "S_Convs.0.conv")])
-    return found
-
-
-def _groups(branch_weight: Tensor) -> int | str:
-    """``groups`` of SMA from the weight of a branch convolution, ``[C, C / groups, k, k]``."""
-    return "channel" if branch_weight.shape[1] < branch_weight.shape[0] else 1
+    check_weights(content, path)
+    return {_our_name(name): value for name, value in content.items()}, known
 
 
 def put_weights(net: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
@@ -156,6 +115,11 @@ def _mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
             for name, value in weights.items()
             if name in expected and value.shape != expected[name].shape
         ],
+        "of another type": [
+            f"{name} {value.dtype} instead of {expected[name].dtype}"
+            for name, value in weights.items()
+            if name in expected and value.is_floating_point() != expected[name].is_floating_point()
+        ],
     }
     return "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in found.items() if names)
 
@@ -178,6 +142,8 @@ class Checkpoints:
         net: the network that is evaluated (itself, not its wrapper): its weights go under ``model``.
         progress: of the epoch, in this process.
         keep_every: also keep the checkpoint of every so many epochs, as ``epoch_<n>.pt``; 0: none.
+        facts: of the run, plain values: what the weights were trained on.
+        manifest: the text of its split's file, which names samples that changed.
         parts: optimiser, schedule, scaler, and the trained network where an average of it is evaluated: everything
             else with ``state_dict`` / ``load_state_dict``. None is left out.
     """
@@ -190,9 +156,12 @@ class Checkpoints:
         net: nn.Module,
         progress: Progress,
         keep_every: int = 0,
+        facts: Mapping[str, Any] | None = None,
+        manifest: str | None = None,
         **parts: Any,
     ):
         self.directory, self.recipe, self.process, self.keep_every = directory, recipe, process, keep_every
+        self.facts, self.manifest = dict(facts or {}), manifest
         self.net, self.progress = net, progress
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.best: dict[str, float] = {"acc1": -1.0, "epoch": 0}
@@ -244,6 +213,13 @@ class Checkpoints:
             for key, value in self.recipe.items()
             if state["recipe"].get(key) != value
         ]
+        if differing and state["recipe"].get("samples") != self.recipe.get("samples") and self.manifest is not None:
+            before = read_text(source.with_name("split.txt"))
+            if before is not None and (changed := changes(before, self.manifest)):
+                raise UserError(
+                    f"the samples of the run in {source} have changed: {_some(changed, 3)}; restore them, or choose "
+                    "another --output-dir"
+                )
         if differing:
             raise UserError(
                 f"the run in {source} has another recipe: {'; '.join(differing)}; give the same settings to continue "
@@ -266,11 +242,18 @@ class Checkpoints:
             print(
                 f"the run in {source} was made with {', '.join(changed)}: the last digits may differ", file=sys.stderr
             )
+        later = how != "auto" and self._has_later(source, _position(state))
+        if any_process(later):
+            raise UserError(
+                f"--resume {source} would go back in --output-dir {self.directory}, which holds later checkpoints; "
+                "give another --output-dir"
+            )
         self._load(state, source, same_processes)
         self.best = state["best"]
         self._newest = source
-        if how != "auto" and self.process.is_first:
-            self._leave_behind_later(source, _position(state))
+        if self.process.is_first:
+            self._keep_best(source, _position(state))
+        self.best = gather(self.best)[0]
         return state["epoch"]
 
     def _agree(self, found: tuple[int, int, str] | None) -> None:
@@ -293,6 +276,8 @@ class Checkpoints:
                 own = state["processes"][self.process.rank]
                 _set_random_state(own["rng"], self.process.device)
             for name, part in self.parts.items():
+                if name == _MAY_BEGIN_LATER and name not in state:
+                    continue
                 if before[name] and not state[name]:
                     raise ValueError("it is empty")
                 part.load_state_dict(state[name])
@@ -310,37 +295,29 @@ class Checkpoints:
         if same_processes:
             self.progress.load_state_dict(own["progress"])
 
-    def _leave_behind_later(self, source: Path, position: tuple[int, int]) -> None:
-        """Make ``source`` the newest checkpoint of the folder, and ``best.pt`` the best one up to it.
-
-        Later ones, of a run that goes back, are renamed: nothing takes them for checkpoints of the run that goes on.
-        """
-        positions = {source: position}
+    def _has_later(self, source: Path, position: tuple[int, int]) -> bool:
+        """Whether the output directory holds a checkpoint of a later moment than ``position``, that of ``source``."""
         for path in self._existing():
             try:
-                found = _position(self._read(path)[0])
-            except UserError:  # damaged: it will be told where it is needed
+                if path != source and _position(self._read(path)[0]) > position:
+                    return True
+            except UserError:  # damaged: its own message comes where it is needed
                 continue
-            if found > position:
-                os.replace(path, path.with_name(f"abandoned_{path.name}"))
-            else:
-                positions[path] = found
-        # Of the end of that epoch: a checkpoint from inside the next one has other weights.
-        of_best = next((path for path, found in positions.items() if found == (self.best["epoch"], 0)), None)
-        if of_best is None:
-            self.best = {"acc1": -1.0, "epoch": 0}  # its weights are not there: the next epoch is the best so far
-        elif not (self.directory / "best.pt").exists():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            _second_name(of_best, self.directory / "best.pt")
+        return False
 
-    @contextmanager
-    def saved_on_stop(self, epoch: int) -> Iterator[None]:
-        """Save inside ``epoch`` when it is stopped by a signal."""
-        try:
-            yield
-        except StopRequested:
-            self._save(epoch - 1)
-            raise
+    def _keep_best(self, source: Path, position: tuple[int, int]) -> None:
+        """In a new output directory ``source`` is the best epoch's file, or the best is unknown and starts anew."""
+        if (self.directory / "best.pt").exists():
+            return
+        if position == (self.best["epoch"], 0):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            same_file_as(source, self.directory / "best.pt")
+        else:
+            self.best = {"acc1": -1.0, "epoch": 0}
+
+    def save_inside(self, epochs_done: int) -> None:
+        """Save in the middle of the epoch after ``epochs_done``, with its progress."""
+        self._save(epochs_done)
 
     def save(self, epoch: int, acc1: float) -> None:
         """Save ``last.pt`` after ``epoch`` epochs, and ``best.pt`` where ``acc1`` (percent) is the best so far.
@@ -374,6 +351,7 @@ class Checkpoints:
                 "epoch": epochs_done,
                 "best": self.best,
                 "recipe": self.recipe,
+                "facts": self.facts,
                 "versions": versions(),
             }
             try:
@@ -387,11 +365,11 @@ class Checkpoints:
         previous = self.directory / "previous.pt"
         # A damaged last.pt must not take the place of the whole checkpoint that this run was continued from.
         if self._newest is not None and self._newest.resolve() != previous.resolve():
-            _second_name(self._newest, previous)
+            same_file_as(self._newest, previous)
         write_checked(state, self.last)
         self._newest = self.last
         for name in other_names:
-            _second_name(self.last, self.directory / name)
+            same_file_as(self.last, self.directory / name)
 
     def _existing(self) -> list[Path]:
         """The checkpoints of the run, ``last.pt`` first."""
@@ -407,9 +385,9 @@ class Checkpoints:
         state, checksum = read_checked(path)
         kinds = {
             "format": int, "model": Mapping, "processes": list, "epoch": int, "best": Mapping, "recipe": Mapping,
-            "versions": Mapping,
+            "facts": Mapping, "versions": Mapping,
         }  # fmt: skip
-        missing = {*kinds, *self.parts} - state.keys()
+        missing = {*kinds, *self.parts} - state.keys() - {_MAY_BEGIN_LATER}
         if missing:
             raise UserError(
                 f"file {path} is no checkpoint of a run: it lacks {', '.join(sorted(missing))}; "
@@ -461,7 +439,7 @@ def _is_process(state: Any) -> bool:
         and isinstance(state["rng"].get("cpu"), Tensor)
         and isinstance(state.get("progress"), Mapping)
         and isinstance(state["progress"].get("sums"), Tensor)
-        and all(isinstance(state["progress"].get(name), int) for name in ("step", "count", "left_out"))
+        and all(isinstance(state["progress"].get(name), int) for name in ("step", "count", "skips", "streak"))
     )
 
 
@@ -475,7 +453,7 @@ _FITS = {
 def _is_finite(value: Any) -> bool:
     """Whether all floating-point tensors in nested containers are finite."""
     found = [one.isfinite().all() for one in _tensors(value) if one.is_floating_point() and one.numel()]
-    by_device = {one.device: [] for one in found}
+    by_device: dict[torch.device, list[Tensor]] = {one.device: [] for one in found}
     for one in found:
         by_device[one.device].append(one)
     return all(bool(torch.stack(some).all()) for some in by_device.values())  # one wait for a device
@@ -487,20 +465,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping | list | tuple):
         for one in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(one)
-
-
-def _second_name(path: Path, name: Path) -> None:
-    """Let the file ``path`` go by ``name`` as well, in one step; a copy where the disk cannot link."""
-    beside = partial_of(name)
-    beside.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(path, beside)
-        except OSError:
-            shutil.copyfile(path, beside)
-        os.replace(beside, name)
-    except OSError as error:
-        raise UserError(f"checkpoint {name} cannot be written: {error.strerror or error}; {path} is whole") from error
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

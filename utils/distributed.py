@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -34,6 +36,8 @@ __all__ = [
 
 _MOST_PROCESSES = 1 << 16
 _PATIENCE = 3.0  # seconds that a process which ends with an error waits for the others to end with the same
+
+_GLOO_SAYS = ("gloo/", "caused pair closure", "closed by peer")  # it names its source file in most cases
 
 _last_words: dist.ProcessGroup | None = None  # a group of its own: the others may be inside an exchange of the main one
 
@@ -151,11 +155,10 @@ def _join(backend: str, timeout: float) -> None:
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
         store.set_timeout(wait)
-        # A launcher that starts the processes anew (--max-restarts) keeps its store: addresses of the dead ones in it
-        # must not be met again.
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(_name_of_start(store, rank, world_size, timeout), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
-        _last_words = dist.new_group(backend="gloo", timeout=wait)
+        group = dist.new_group(backend="gloo", timeout=wait)
+        _last_words = group if isinstance(group, dist.ProcessGroup) else None
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
         reason = (str(error).splitlines() or [""])[0]
@@ -165,9 +168,35 @@ def _join(backend: str, timeout: float) -> None:
         ) from error
 
 
+def _name_of_start(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:
+    """A name that the first process makes up and only the living processes get.
+
+    A launcher that starts processes anew keeps its store, with the addresses of the dead ones, and the launchers of two
+    machines count their starts differently. So every process asks under a name that it never had before.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"asks/{rank}", own)
+        name = store.get(f"answer/{own}").decode()
+        store.set(f"{name}/has/{rank}", "")
+        return name
+    missing, end = set(range(1, world_size)), time.monotonic() + timeout
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"asks/{other}"]):  # of a dead process, as long as it is the only one
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+            if store.check([f"{own}/has/{other}"]):
+                missing.remove(other)
+        if time.monotonic() > end:
+            raise ValueError(f"missing: rank {', '.join(map(str, sorted(missing)))}")
+        time.sleep(0.02)
+    return own
+
+
 def _is_loss(error: BaseException) -> bool:
     """Whether an exchange between the processes failed; gloo has no type of its own for it."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+    of_gloo = isinstance(error, RuntimeError) and any(words in str(error) for words in _GLOO_SAYS)
+    return isinstance(error, dist.DistError) or of_gloo
 
 
 def _rank_and_world_size() -> tuple[int, int]:

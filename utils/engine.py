@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.folding import folded
 from models.neurons import reset_net
-from utils.distributed import any_process, broadcast_buffers, sum_over_processes
+from utils.distributed import any_process, broadcast_buffers, gather, sum_over_processes
 from utils.errors import UserError
 
 __all__ = ["AMP_DTYPES", "Progress", "evaluate", "time_first", "train_one_epoch"]
@@ -20,7 +20,7 @@ __all__ = ["AMP_DTYPES", "Progress", "evaluate", "time_first", "train_one_epoch"
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 
 _MOST_SKIPPED = 25  # the scaler halves its factor at each: from 65536 down to below 1
-_REMEDY = "lower --lr, use --amp off or --on-nan skip; the last finished epoch is saved"
+_REMEDY = "lower --lr or use --amp off; the last finished epoch is saved"
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Prepare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -36,36 +36,45 @@ def time_first(frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Progress:
-    """How far an epoch has come: steps done and left out, and loss, correct predictions and samples of this process.
+    """How far an epoch has come in this process: steps, and the sums of loss, correct predictions and samples.
 
-    The sums stay on the device: no wait for it in every step.
+    The sums stay on the device: no step waits for it.
+
+    Args:
+        device: where the sums are kept.
+        top: also count labels among so many largest logits.
+        agree: whether a flag is set in any process; asked once a step.
 
     Attributes:
+        epoch: its number, from 1, for messages.
+        step: steps done.
+        seconds: spent on the epoch before this start of the program.
         skips: steps of the epoch that the fp16 scaler skipped.
         streak: such steps in a row up to now, in earlier epochs, too.
     """
 
-    _COUNTS = ("step", "count", "left_out", "skips", "streak")
+    _COUNTS = ("step", "count", "skips", "streak", "seconds")
 
-    def __init__(self, device: torch.device, top: int = 1):
-        self.device, self.top = device, top
-        self.streak = 0
+    def __init__(self, device: torch.device, top: int = 1, agree: Callable[[bool], bool] = any_process):
+        self.device, self.top, self.agree = device, top, agree
+        self.epoch, self.streak = 1, 0
         self.reset()
 
     def reset(self) -> None:
         """Start an epoch."""
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.step = self.count = self.left_out = self.skips = 0
+        self.step = self.count = self.skips = 0
+        self.seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return {"sums": self.sums.cpu(), **{name: getattr(self, name) for name in self._COUNTS}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
+        """Continue from what :meth:`state_dict` gave."""
         self.sums = state["sums"].to(self.device)
         for name in self._COUNTS:
-            setattr(self, name, state.get(name, 0))  # older checkpoints have no skips and streak
+            setattr(self, name, state[name])
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: its mean loss, logits ``[T, B, K]`` or ``[B, K]`` and labels ``[B]``."""
@@ -94,11 +103,8 @@ def train_one_epoch(
     device: torch.device,
     amp: str = "off",
     prepare: Prepare = time_first,
-    accumulate: int = 1,
-    epoch: int = 1,
+    micro_batches: int = 1,
     progress: Progress | None = None,
-    nan_limit: int = 0,
-    agree: Callable[[bool], bool] = any_process,
 ) -> dict[str, float]:
     """Train on every batch once, one optimiser step a batch.
 
@@ -106,25 +112,22 @@ def train_one_epoch(
         net: inputs to logits ``[T, B, K]`` or ``[B, K]``.
         batches: pairs of samples ``[B, ...]`` and labels ``[B]``.
         criterion: logits and targets to the mean loss of the batch.
+        optimizer, scaler: of the parameters of ``net``.
+        device: where ``net`` is.
         amp: ``"fp16"``, ``"bf16"`` or ``"off"``.
         prepare: samples and labels on the device to the inputs of the network and the targets of the criterion.
-        accumulate: split every batch into so many parts, one after the other, and add up their gradients. BatchNorm
+        micro_batches: divide every batch into so many parts, one after the other, and add up their gradients. BatchNorm
             and AZO see one part at a time.
-        epoch: for the message of a run that diverges.
         progress: of an epoch whose first batches are done and not among ``batches``; brought up to date every step.
-        nan_limit: so many steps of an epoch whose loss, gradient or running statistics are not finite are left out:
-            weights, optimiser and statistics stay as they were, and the samples are not counted. One more stops.
-        agree: whether a flag is set in any process; called once a step. :meth:`utils.signals.StopSignal.agree` sends
-            the signals along.
 
     Returns:
-        ``loss`` (mean over samples), ``acc1`` (percent), ``correct`` and ``count`` over all processes, and
-        ``left_out`` and ``skips`` (by the fp16 scaler), numbers of steps.
+        ``loss`` (mean over samples), ``acc1`` (percent), ``correct`` and ``count`` over all processes, and ``skips``:
+        steps that the fp16 scaler skipped.
 
     Raises:
-        UserError: the loss, a gradient or a running statistic is not finite (told before the optimiser's step), or the
-            fp16 scaler has skipped too many steps in a row, or a weight is not finite at the end; nothing of the epoch
-            should be kept.
+        UserError: the loss, a gradient or a running statistic is not finite (raised before the optimiser's step), or
+            the fp16 scaler has skipped too many steps in a row, or a weight is not finite at the end; nothing of the
+            epoch should be kept.
     """
     net.train()
     reset_net(net)  # whatever an interrupted batch left behind
@@ -132,35 +135,28 @@ def train_one_epoch(
     statistics = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
     for samples, labels in batches:
         optimizer.zero_grad(set_to_none=True)
-        before = [buffer.clone() for buffer in net.buffers()] if nan_limit else []
-        outcomes = []
-        parts = list(zip(samples.chunk(accumulate), labels.chunk(accumulate), strict=True))
-        for number, (some, their_labels) in enumerate(parts, 1):
-            some, their_labels = _to_device(some, their_labels, device)
-            inputs, targets = prepare(some, their_labels)
+        losses = []
+        parts = list(zip(samples.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
+        for number, part in enumerate(parts, 1):
+            inputs, targets = prepare(*_to_device(*part, device))
             with _gradients_stay_local(net) if number < len(parts) else nullcontext():
                 with _autocast(device, amp):
                     logits = net(inputs)
                 loss = criterion(logits, targets)
-                scaler.scale(loss * (len(some) / len(samples))).backward()
+                scaler.scale(loss * (len(part[1]) / len(labels))).backward()
             reset_net(net)
-            outcomes.append((loss.detach(), logits.detach(), their_labels))
-        where = f"training diverged in epoch {epoch}, step {progress.step + 1}, at learning rate {_rate(optimizer):g}"
-        counted = progress.sums.clone(), progress.count
-        for outcome in outcomes:
-            progress.add(*outcome)
-        # Agreed between the processes: all stop (or leave the step out) with one message, or none does.
-        if agree(not _is_finite(outcomes, net, statistics, scaler)):
-            what = f"the loss ({loss.item():.4g}), a gradient or a running statistic is not finite"
-            if progress.left_out == nan_limit:
-                already = f", and {nan_limit} steps are left out already (--nan-limit)" if nan_limit else ""
-                raise UserError(f"{where}: {what}{already}; check the data, {_REMEDY}")
-            progress.sums, progress.count = counted
-            progress.left_out += 1
-            progress.step += 1
-            for buffer, value in zip(net.buffers(), before, strict=True):
-                buffer.copy_(value)
-            continue
+            losses.append(loss.detach())
+            progress.add(loss, logits, part[1].to(device))
+        where = f"training diverged in epoch {progress.epoch}, step {progress.step + 1}, at learning rate"
+        where = f"{where} {optimizer.param_groups[0]['lr']:g}"
+        # The processes agree: all stop, or none does.
+        if progress.agree(not _is_finite(losses, net, statistics, scaler)):
+            of_all = gather(losses[-1].item())  # so that all processes raise the same sentence
+            loss = next((one for one in of_all if not math.isfinite(one)), of_all[0])
+            raise UserError(
+                f"{where}: the loss ({loss:.4g}), a gradient or a running statistic is not finite; check "
+                f"the data, {_REMEDY}"
+            )
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
@@ -170,11 +166,9 @@ def train_one_epoch(
         if progress.streak >= _MOST_SKIPPED:
             raise UserError(f"{where}: fp16 gradients were not finite in {progress.streak} steps in a row; {_REMEDY}")
         progress.step += 1
-    if not progress.count:
-        raise UserError(f"training diverged in epoch {epoch}: every step had to be left out; check the data, {_REMEDY}")
     if any_process(not all(value.isfinite().all() for value in net.state_dict().values())):
-        raise UserError(f"training diverged in epoch {epoch}: a weight is not finite; {_REMEDY}")
-    return progress.result() | {"left_out": progress.left_out, "skips": progress.skips}
+        raise UserError(f"training diverged in epoch {progress.epoch}: a weight is not finite; {_REMEDY}")
+    return progress.result() | {"skips": progress.skips}
 
 
 @torch.inference_mode()
@@ -189,17 +183,20 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate every sample once; exact for any number of processes and any batch size.
 
-    In float32 as published, or with ``amp`` as in training, which changes the predictions where potentials come within
-    a rounding of the threshold.
+    Args:
+        net: as in :func:`train_one_epoch`; the very network that was trained.
+        batches: those of all processes together hold every sample once (no padding).
+        criterion, device, prepare: as in :func:`train_one_epoch`.
+        top: above 1, also count labels among so many largest logits.
+        amp: float32 (``"off"``) as published, or another precision, which changes the predictions where potentials come
+            within a rounding of the threshold.
 
-    BatchNorm is folded into the convolutions of a copy, which changes rounding only; ``net`` stays as it is.
-    ``batches`` of all processes together hold every sample once (no padding). Returns as :func:`train_one_epoch`;
-    with ``top`` above 1 also ``acc<top>`` and ``correct<top>``: the label is among the ``top`` largest logits.
+    Returns:
+        As :func:`train_one_epoch`, and with ``top`` also ``acc<top>`` and ``correct<top>``.
     """
     net.eval()
     reset_net(net)
     broadcast_buffers(net)  # in training every process has BatchNorm statistics of its own
-    net = folded(net)
     progress = Progress(device, top)
     for samples, labels in batches:
         samples, labels = _to_device(samples, labels, device)
@@ -216,16 +213,12 @@ def _autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=AMP_DTYPES[amp], enabled=AMP_DTYPES[amp] is not None)
 
 
-def _rate(optimizer: torch.optim.Optimizer) -> float:
-    return optimizer.param_groups[0]["lr"]
-
-
-def _is_finite(outcomes: list[tuple], net: nn.Module, statistics: list[Tensor], scaler: torch.amp.GradScaler) -> bool:
+def _is_finite(losses: list[Tensor], net: nn.Module, statistics: list[Tensor], scaler: torch.amp.GradScaler) -> bool:
     """Whether a step may be taken. With fp16 the scaler looks at the gradients, which overflow now and then.
 
     Losses and gradients alone would not do: neurons that get nan stay silent, and it shows in the running statistics.
     """
-    values = [loss for loss, *_ in outcomes] + statistics
+    values = [*losses, *statistics]
     if not scaler.is_enabled():
         values += [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
     return bool(torch.nn.utils.get_total_norm(values).isfinite())

@@ -27,6 +27,8 @@ __all__ = [
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 _NO_USABLE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE, errno.EMFILE)
 
+_LONGEST = 1000  # characters of a sentence about the command line
+
 EXIT_USER_ERROR = 2
 EXIT_PROCESS_LOST = 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -70,8 +72,17 @@ class SentenceParser(argparse.ArgumentParser):
     def __init__(self, **keywords: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **keywords)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse has it, but that takes ``--seed=--`` for a seed of nothing."""
+        args = list(sys.argv[1:] if args is None else args)
+        for arg in args:
+            if arg.startswith("-") and arg.endswith("--") and arg != "--":
+                self.error(f"argument {arg}: '--' is no value")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (all arguments: --help)")
+        shown = _printable(message if len(message) < _LONGEST else f"{message[: _LONGEST // 2]} ...")
+        raise UserError(f"{shown} (all arguments: --help)")
 
 
 @contextmanager
@@ -132,11 +143,12 @@ def _report_and_leave(message: str, code: int) -> NoReturn:
 
         if code != EXIT_PROCESS_LOST and all_processes_say(message):
             speaks = os.environ.get("RANK") == "0"
-        else:
-            rank = f"rank {os.environ.get('RANK')}: "
+        elif "RANK" in os.environ:
+            rank = f"rank {os.environ['RANK']}: "
     if speaks and sys.stderr is not None:
         start = "\n" if code > 128 else ""  # after the ^C of the terminal and the progress bar
-        print(f"{start}{os.path.basename(sys.argv[0])}: {rank}{message}", file=sys.stderr, flush=True)
+        lines = "\n".join(map(_printable, message.split("\n")))
+        print(f"{start}{os.path.basename(sys.argv[0])}: {rank}{lines}", file=sys.stderr, flush=True)
     _leave(code)
 
 
@@ -214,6 +226,11 @@ def _survive_closed_output() -> None:
         elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
             setattr(sys, name, _Output(stream))
+
+
+def _printable(text: str) -> str:
+    """Names may hold line breaks, and what terminals obey."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def _sentence(error: UserError) -> str:

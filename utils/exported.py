@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import DamagedFileError, partial_of, writing
+from utils.files import DamagedFileError, reading, replacing, write_text, writing
 
 __all__ = ["SUFFIX", "checksum_file", "read_exported", "sha256_of", "write_exported"]
 
@@ -38,16 +37,15 @@ def write_exported(weights: Mapping[str, Tensor], beside: Mapping[str, Any], pat
         raise UserError(f"output {path} exists already; delete it or choose another name")
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     metadata = {name: json.dumps(value) for name, value in beside.items()}
-    partial, checksum = partial_of(path), checksum_file(path)
+    checksum = checksum_file(path)
     with writing(f"output {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not save_file: its file is readable by nobody else, and its errors are no OSError.
-        partial.write_bytes(save(tensors, metadata))
-        line = f"{sha256_of(partial)}  {path.name}\n"
+        content = save(tensors, metadata)
         checksum.unlink(missing_ok=True)  # of a file that is gone
-        os.replace(partial, path)
-        partial_of(checksum).write_text(line, encoding="utf-8")
-        os.replace(partial_of(checksum), checksum)
+        with replacing(path) as file:
+            file.write(content)
+        write_text(checksum, f"{hashlib.sha256(content).hexdigest()}  {path.name}\n")
 
 
 def read_exported(path: Path) -> dict[str, Any]:
@@ -57,9 +55,8 @@ def read_exported(path: Path) -> dict[str, Any]:
         DamagedFileError: the file is not what its checksum was made of, or no whole safetensors file.
         UserError: it is missing or cannot be opened.
     """
-    if not path.is_file():
-        raise UserError(f"file {path} does not exist; give the path of a {SUFFIX} file")
-    _check_sum(path)
+    with reading(path, f"the path of a {SUFFIX} file") as content:
+        _check_sum(path, hashlib.file_digest(content, "sha256").hexdigest())  # type: ignore[arg-type]
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
@@ -84,19 +81,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_sum(path: Path) -> None:
-    """Compare with the checksum beside the file, where there is one."""
-    beside = checksum_file(path)
-    if not beside.is_file():
+def _check_sum(path: Path, found: str) -> None:
+    """Compare the SHA-256 of a file with the one in the file next to it, where there is one."""
+    checksum = checksum_file(path)
+    if not checksum.exists():
         return
-    try:
-        stored = beside.read_text(encoding="utf-8").split()
-        found = sha256_of(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"file {path} cannot be checked against {beside}: {error}") from error
+    with reading(checksum, f"the file that was written with {path.name}") as file:
+        stored = file.read(1000).decode(errors="replace").split()
     if not stored or stored[0].lower() != found:
         raise DamagedFileError(
-            f"file {path} has the SHA-256 {found}, and {beside} tells {stored[0] if stored else 'none'}; one of the "
+            f"file {path} has the SHA-256 {found}, and {checksum} tells {stored[0] if stored else 'none'}; one of the "
             "two is damaged or of another file: download or copy both again"
         )
 
@@ -105,5 +99,5 @@ def _plain(text: str) -> Any:
     """A value of the metadata; those of other programs are text and no JSON."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

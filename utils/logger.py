@@ -1,103 +1,101 @@
-"""What a run says and writes: header, progress bar, one line and one row an epoch, TensorBoard, evaluation."""
+"""What a run prints and writes: header, progress bar, one line and one row an epoch, TensorBoard, evaluation."""
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import json
+import math
 import os
 import sys
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from tqdm import tqdm
 
 from utils.analysis.azo_record import AZORecord
 from utils.args import plain, words
-from utils.distributed import Process, gather
+from utils.distributed import Process, fail_together
 from utils.errors import UserError
-from utils.files import write_text
-from utils.versions import versions
+from utils.files import occupy, read_text, replacing, write_text, writing
 
-__all__ = ["RunLog", "check_output", "progress_bar", "write_evaluation"]
+__all__ = [
+    "COLUMNS",
+    "RunLog",
+    "check_output",
+    "evaluation_in_words",
+    "one_run",
+    "print_header",
+    "progress_bar",
+    "write_json",
+]
 
 COLUMNS = ("epoch", "train_loss", "train_acc1", "test_loss", "test_acc1", "lr", "seconds")
+# In TensorBoard accuracy comes first.
+_TAGS = {
+    "accuracy/test": "test_acc1", "accuracy/train": "train_acc1", "loss/test": "test_loss", "loss/train": "train_loss",
+    "lr": "lr", "seconds": "seconds",
+}  # fmt: skip
 
 
 class RunLog:
-    """The log of one run. On all processes but the first every call does nothing.
+    """The log of one training. On all processes but the first every call does nothing.
 
     Args:
         directory: the output directory.
         process: this process.
         log_dir: of the TensorBoard events.
-        net: the network itself, not its wrapper: what its AZO replaces is recorded.
-
-    Attributes:
-        azo: that record, a part of the checkpoint; None where there is no AZO, and on other processes.
+        azo: records what AZO replaces; None for no record.
     """
 
-    def __init__(self, directory: Path, process: Process, log_dir: Path, net: nn.Module):
-        self.directory, self.process, self.log_dir = directory, process, log_dir
-        self.azo = (AZORecord(net) or None) if process.is_first else None
-        self._tensorboard = None
-        self._split: str | None = None
-        self._began = time.monotonic()
+    def __init__(self, directory: Path, process: Process, log_dir: Path, azo: AZORecord | None = None):
+        self.directory, self.process, self.log_dir, self.azo = directory, process, log_dir, azo
+        self._rows: dict[int, list[str]] = {}  # of metrics.csv, by epoch
+        self._tensorboard: Any = None
 
-    def header(self, lines: dict[str, Any], deviations: dict[str, tuple[Any, Any]]) -> None:
-        """Print the facts of the run, one a line, and every deviation from the published recipe."""
-        if not self.process.is_first:
-            return
-        for name, value in lines.items():
-            print(f"{name + ':':<12} {value}")
-        changed = ", ".join(
-            f"{name} {words(used)} instead of {words(published)}" for name, (published, used) in deviations.items()
-        )
-        print(f"{'deviations:':<12} {changed or 'none'}", flush=True)
-
-    def open(self, args: dict[str, Any], facts: dict[str, Any], epochs_done: int, split: str | None = None) -> None:
+    def open(
+        self, args: Mapping[str, Any], facts: Mapping[str, Any], epochs_done: int, split: str | None = None,
+        earlier: Path | None = None,
+    ) -> None:  # fmt: skip
         """Start writing: ``args.json``, ``metrics.csv`` with the rows of the epochs that are done, ``split.txt``.
 
         Args:
+            args, facts: what goes into ``args.json``.
+            epochs_done: of the run so far.
             split: the text of the split's file.
+            earlier: the folder of the run that is continued, where it is another one: its rows are copied.
 
         Raises:
             UserError: the directory cannot be written to; raised in all processes.
         """
         with self._writing():
             if self.process.is_first:
-                self._open(args, facts, epochs_done, split)
+                self._open(args, facts, epochs_done, split, earlier)
 
-    def _open(self, args: dict[str, Any], facts: dict[str, Any], epochs_done: int, split: str | None) -> None:
+    def _open(
+        self, args: Mapping[str, Any], facts: Mapping[str, Any], epochs_done: int, split: str | None,
+        earlier: Path | None,
+    ) -> None:  # fmt: skip
+        _check_utf8(f"--log-dir {self.log_dir}")
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not for --help and evaluation
 
         self.directory.mkdir(parents=True, exist_ok=True)
-        metrics = self.directory / "metrics.csv"
-        beside = metrics.with_name(".metrics.csv.partial")  # a kill leaves the old file or the new one
-        rows = {epoch: row for epoch, row in self._rows(metrics) if epoch <= epochs_done}  # each epoch once
-        with beside.open("w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *rows.values()])
-        os.replace(beside, metrics)
+        rows = ({} if earlier is None else _rows(earlier / "metrics.csv")) | _rows(self.directory / "metrics.csv")
+        self._rows = {epoch: row for epoch, row in sorted(rows.items()) if epoch <= epochs_done}
+        self._write_rows()
         if self.azo is not None:
             self.azo.start(self.directory, epochs_done)
-        described = {"args": {k: plain(v) for k, v in args.items()}, **facts, "versions": versions(), "argv": sys.argv}
-        (self.directory / "args.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        write_json(self.directory / "args.json", {"args": args, **facts, "argv": sys.argv})
         if split is not None:
             write_text(self.directory / "split.txt", split)
-        self._split = facts.get("split")
         self._tensorboard = SummaryWriter(str(self.log_dir), purge_step=epochs_done + 1)
 
-    def progress(self, batches: Iterable, what: str) -> Iterable:
-        """The batches under a progress bar (rate and time left) on the first process."""
-        return progress_bar(batches, what, self.process)
-
     def epoch(
-        self, epoch: int, epochs: int, train: dict[str, float], test: dict[str, float], lr: float, seconds: float
+        self, epoch: int, train: Mapping[str, float], test: Mapping[str, float], lr: float, seconds: float
     ) -> None:
-        """Report an epoch (numbered from 1): a line, a row of ``metrics.csv``, TensorBoard.
+        """Record an epoch (numbered from 1): a row of ``metrics.csv``, TensorBoard.
+
+        Before its checkpoint is saved: what a kill leaves in between is dropped when the run continues.
 
         Raises:
             UserError: the directory cannot be written to; raised in all processes.
@@ -105,78 +103,119 @@ class RunLog:
         with self._writing():
             if self.process.is_first:
                 self._write_epoch(epoch, train, test, lr, seconds)
-        if not self.process.is_first:
-            return
-        top5 = f" top-5 {test['acc5']:.2f} %" if "acc5" in test else ""
-        left_out = f"  {train['left_out']} step(s) left out (--on-nan)" if train["left_out"] else ""
-        left_out += f"  {train['skips']} step(s) skipped by the fp16 scaler" if train["skips"] else ""
-        print(
-            f"epoch {epoch}/{epochs}  train loss {train['loss']:.4f} acc {train['acc1']:.2f} %  "
-            f"test loss {test['loss']:.4f} acc {test['acc1']:.2f} % ({test['correct']}/{test['count']}){top5}  "
-            f"lr {lr:.3g}  {seconds:.1f} s{left_out}{_of_split(self._split)}",
-            flush=True,
-        )
 
     def _write_epoch(
-        self, epoch: int, train: dict[str, float], test: dict[str, float], lr: float, seconds: float
+        self, epoch: int, train: Mapping[str, float], test: Mapping[str, float], lr: float, seconds: float
     ) -> None:
-        values = (train["loss"], train["acc1"], test["loss"], test["acc1"], lr, seconds)
-        with (self.directory / "metrics.csv").open("a", newline="") as file:
-            csv.writer(file).writerow([epoch, *(f"{value:.10g}" for value in values)])
-        for name, value in zip(COLUMNS[1:], values, strict=True):
-            self._tensorboard.add_scalar(name, value, epoch)
+        numbers = (train["loss"], train["acc1"], test["loss"], test["acc1"], lr, seconds)
+        values = dict(zip(COLUMNS[1:], numbers, strict=True))
+        self._rows[epoch] = [str(epoch), *(f"{value:.10g}" for value in numbers)]
+        self._write_rows()
+        for tag, column in _TAGS.items():
+            self._tensorboard.add_scalar(tag, values[column], epoch)
+        if "acc5" in test:
+            self._tensorboard.add_scalar("accuracy/test_top5", test["acc5"], epoch)
         if self.azo is not None:
             self.azo.write(self.directory, epoch)
-        if "acc5" in test:
-            self._tensorboard.add_scalar("test_acc5", test["acc5"], epoch)
         self._tensorboard.flush()
 
-    @contextmanager
+    def _write_rows(self) -> None:
+        """All of ``metrics.csv``: a kill leaves the old file or the new one."""
+        with replacing(self.directory / "metrics.csv") as file:
+            file.write("".join(f"{','.join(row)}\n" for row in [COLUMNS, *self._rows.values()]).encode())
+
+    def close(self) -> None:
+        """Finish the TensorBoard events."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Where the first process cannot write, all processes stop with one message."""
-        problem = None
-        try:
-            yield
-        except OSError as error:
-            problem = (
-                f"the log in --output-dir {self.directory} cannot be written: {error.strerror or error}; make room, "
-                "and the same command continues after the last saved epoch, or choose another --output-dir"
-            )
-        if problem := gather(problem)[0]:
-            raise UserError(problem)
+        with fail_together():
+            try:
+                yield
+            except OSError as error:
+                raise UserError(
+                    f"the log in --output-dir {self.directory} cannot be written: {error.strerror or error}; make "
+                    "room, and the same command continues after the last saved epoch, or choose another --output-dir"
+                ) from error
 
-    def finish(self, final: dict[str, float], best: dict[str, float], facts: dict[str, Any]) -> None:
-        """Report the final epoch, and which epoch was best, and say which is which."""
-        if not self.process.is_first:
-            return
-        self._tensorboard.close()
-        print("final epoch:", end=" ")
-        write_evaluation(self.directory, self.process, final, epoch="final", best=best, **facts)
-        print(
-            f"best epoch: {best['epoch']} with acc1 {best['acc1']:.2f} % (selected on the test set, as published)"
-            f"{_of_split(self._split)}"
-        )
-        print(f"{time.monotonic() - self._began:.1f} s; everything is in {self.directory}", flush=True)
 
-    @staticmethod
-    def _rows(path: Path) -> list[tuple[int, list[str]]]:
-        """The whole rows of a file, with their epochs."""
-        if not path.exists():
-            return []
-        with path.open(newline="") as file:
-            return [(int(row[0]), row) for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdecimal()]
+def print_epoch(
+    epoch: int, epochs: int, train: Mapping[str, float], test: Mapping[str, float], lr: float, seconds: float
+) -> None:
+    """Print an epoch, in at most 100 columns, when its checkpoint is saved."""
+    second = f"top5 {test['acc5']:.2f} %" if "acc5" in test else f"({test['correct']}/{test['count']})"
+    line = (
+        f"epoch {epoch}/{epochs}  train {train['acc1']:.2f} % loss {train['loss']:.4f}  test {test['acc1']:.2f} % "
+        f"{second} loss {test['loss']:.4f}  lr {lr:.2g}  {seconds:.{1 if seconds < 100 else 0}f} s"
+    )
+    if train["skips"]:
+        line += f"\n  {train['skips']} step(s) skipped by the fp16 scaler"
+    tqdm.write(line, file=sys.stdout)  # a line of its own, whatever the progress bar left
+    sys.stdout.flush()
+
+
+def print_header(lines: Mapping[str, str], deviations: Mapping[str, tuple[Any, Any]]) -> None:
+    """Print the facts of a run, one a line, and every deviation from the published recipe."""
+    changed = ", ".join(
+        f"{name} {words(used) or 'unset'} instead of {words(published) or 'unset'}"
+        for name, (published, used) in deviations.items()
+    )
+    for name, text in {**lines, "deviations": changed or "none"}.items():
+        print(f"{name + ':':<12} {text}")
+    sys.stdout.flush()
+
+
+def _rows(path: Path) -> dict[int, list[str]]:
+    """The complete rows of a ``metrics.csv``, by epoch; what is no row is left out."""
+    found = {}
+    for line in (read_text(path) or "").splitlines():
+        row = line.split(",")
+        with contextlib.suppress(ValueError):
+            if len(row) == len(COLUMNS) and all(math.isfinite(float(value)) for value in row):
+                found[int(row[0])] = row
+    return found
 
 
 def progress_bar(
-    items: Iterable, what: str, process: Process | None = None, unit: str = "batch", total: int | None = None
-) -> Iterable:
-    """The items under a progress bar (rate and time left), of several processes on the first one."""
-    # Without a terminal a bar every 30 s keeps a log file short.
-    interval = 0.2 if sys.stderr.isatty() else 30.0
+    items: Iterable, what: str, process: Process | None = None, unit: str = "batch", total: int | None = None,
+    done: int = 0,
+) -> Iterable:  # fmt: skip
+    """The items under a progress bar (rate and time left), of several processes on the first one.
+
+    Without a terminal the bar is a line a minute, so that a log file has lines only.
+
+    Args:
+        items: to iterate over.
+        what: in front of the bar.
+        process: this process; None for a program of one process.
+        unit: of an item.
+        total: number of items; their length where it is None.
+        done: items of an earlier start, which the bar counts.
+    """
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    interval = 0.2 if on_terminal else 60.0
+    if done and total is None:
+        total = done + len(items)  # type: ignore[arg-type]
     return tqdm(
-        items, desc=what, unit=unit, total=total, leave=False, mininterval=interval, delay=interval,
+        items, desc=what, unit=unit, total=total, initial=done, leave=False, mininterval=interval, delay=interval,
         disable=process is not None and not process.is_first, dynamic_ncols=True,
+        file=None if on_terminal else _LogFile(),
     )  # fmt: skip
+
+
+class _LogFile:
+    """Where a progress bar goes without a terminal: each state is a line of its own on stderr."""
+
+    def write(self, text: str) -> None:
+        if text.strip() and sys.stderr is not None:
+            sys.stderr.write(f"{text.strip()}\n")
+
+    def flush(self) -> None:
+        if sys.stderr is not None:
+            sys.stderr.flush()
 
 
 def check_output(directory: Path) -> None:
@@ -185,24 +224,55 @@ def check_output(directory: Path) -> None:
     Raises:
         UserError: it cannot be used.
     """
+    _check_utf8(f"--output-dir {directory}")
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         reason = "may not be written to" if existing.is_dir() else "is a file"
         raise UserError(f"--output-dir {directory} cannot be used: {existing} {reason}; choose another")
 
 
-def write_evaluation(directory: Path, process: Process, result: dict[str, Any], **facts: Any) -> None:
-    """Print an evaluation and write it to ``evaluation.json``."""
-    if not process.is_first:
-        return
+def evaluation_in_words(result: Mapping[str, Any]) -> str:
+    """An exact evaluation as one line."""
     top5 = f", acc5 {result['acc5']:.2f} %" if "acc5" in result else ""
     accuracy = f"{result['correct']} of {result['count']} correct: acc1 {result['acc1']:.2f} %{top5}"
-    print(f"{accuracy}, loss {result['loss']:.6f}{_of_split(facts.get('split'))}")
-    directory.mkdir(parents=True, exist_ok=True)
-    written = {**result, **{name: plain(value) for name, value in facts.items()}}
-    (directory / "evaluation.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    return f"{accuracy}, loss {result['loss']:.6f}"
 
 
-def _of_split(split: str | None) -> str:
-    """The end of a line with a result on event data."""
-    return f"  split: {split}" if split else ""
+@contextlib.contextmanager
+def one_run(directory: Path, process: Process) -> Iterator[None]:
+    """Keep the output directory for this training; a second one is refused (see :func:`utils.files.occupy`).
+
+    Raises:
+        UserError: another run has it, or it cannot be written to; raised in all processes.
+    """
+    with contextlib.ExitStack() as stack:
+        with fail_together(), writing(f"--output-dir {directory}"):
+            if process.is_first:
+                stack.enter_context(occupy(directory))
+        yield
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write values as JSON; a number that is not finite becomes null, which every reader takes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return plain(value)
+
+
+def _check_utf8(argument: str) -> None:
+    """TensorBoard takes no other names."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{argument} has a name that is not UTF-8, or the locale is not; choose another name, or set LC_ALL=C.UTF-8"
+        ) from error

@@ -9,7 +9,6 @@ Polarity 0 is green and polarity 1 blue, on black.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -21,9 +20,8 @@ from torch import Tensor
 
 from utils.data.events import EventFrames, load_event_data
 from utils.errors import UserError
-from utils.files import partial_of, write_text, writing
+from utils.files import read_json, replacing, write_text, writing
 from utils.logger import progress_bar
-from utils.prepare.datasets import DATA_SETS
 
 __all__ = ["Kind", "colours", "save_as_gif", "save_as_pic", "save_every_frame_of_an_entire_DVS_dataset"]
 
@@ -76,9 +74,8 @@ def save_as_pic(
     with writing(f"folder {save_pic_to}"):
         Path(save_pic_to).mkdir(parents=True, exist_ok=True)
         for picture, path in zip(pictures, paths, strict=True):
-            beside = partial_of(path)
-            Image.fromarray(picture).save(beside, format="PNG")
-            os.replace(beside, path)
+            with replacing(path, flush=False) as file:
+                Image.fromarray(picture).save(file, format="PNG")
     return paths
 
 
@@ -97,12 +94,9 @@ class Kind:
             UserError: it does, or tells something else.
         """
         path = folder / "pictures.json"
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.exists():
             return
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}); choose another folder") from error
+        found = read_json(path, {}, "another folder")
         if found != asdict(self):
             raise UserError(
                 f"folder {folder} holds pictures of another kind: {_told(found)} there, {_told(asdict(self))} "
@@ -169,7 +163,7 @@ def save_every_frame_of_an_entire_DVS_dataset(  # noqa: N802 - the published nam
     with ThreadPoolExecutor(number_of_threads) as pool:
         jobs = []
         for part, samples in parts.items():
-            folder = Path(save_pic_to) / part if DATA_SETS[name].has_split else Path(save_pic_to)
+            folder = Path(save_pic_to) / part if data.info.rule == "own" else Path(save_pic_to)
             jobs += [
                 pool.submit(_save_sample, samples, index, folder, data.classes, time_steps, scale, full)
                 for index in range(len(samples))
@@ -199,10 +193,8 @@ def save_as_gif(x: Tensor | np.ndarray, path: Path, scale: int = 1, full: float 
     first, *others = [Image.fromarray(picture) for picture in colours(x, scale, full)]
     with writing(f"picture {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        first.save(
-            partial_of(path), format="GIF", save_all=True, append_images=others, duration=round(1000 * seconds), loop=0
-        )
-        os.replace(partial_of(path), path)
+        with replacing(path) as file:
+            first.save(file, format="GIF", save_all=True, append_images=others, duration=round(1000 * seconds), loop=0)
 
 
 def _paths(folder: Path, name: str, T: int) -> list[Path]:

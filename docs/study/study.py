@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import itertools
 import multiprocessing
-import os
 import signal
 import statistics
 import sys
@@ -49,6 +49,7 @@ from utils.data.loaders import make_loaders, set_epoch  # noqa: E402
 from utils.distributed import Process  # noqa: E402
 from utils.engine import evaluate, time_first, train_one_epoch  # noqa: E402
 from utils.errors import SentenceParser, UserError, exit_with_sentence  # noqa: E402
+from utils.files import replacing  # noqa: E402
 from utils.losses import mse_of_mean, tet  # noqa: E402
 from utils.signals import in_worker  # noqa: E402
 
@@ -160,13 +161,13 @@ def train(task: Task, data_dir: Path) -> dict[str, Any]:
     untrained, trained = seen.take(), {}
     for epoch in range(1, settings.epochs + 1):
         set_epoch(batches, epoch)
-        trained = train_one_epoch(net, batches, criterion, optimizer, scaler, device, epoch=epoch)
+        trained = train_one_epoch(net, batches, criterion, optimizer, scaler, device)
         scheduler.step()
     seen.take()
     result = evaluate(net, test_batches, criterion, device)
     found = seen.take()
     return {
-        **asdict(task), **asdict(settings), "split": data.split.split("/")[-1],
+        **asdict(task), **asdict(settings), "split": data.info.fingerprint,
         "acc1": f"{result['acc1']:.6g}", "correct": result["correct"], "count": result["count"],
         "loss": f"{result['loss']:.6g}", "train_acc1": f"{trained['acc1']:.6g}",
         "parameters": sum(p.numel() for p in net.parameters()),
@@ -367,7 +368,7 @@ def _paired(rows: Sequence[dict[str, str]], name: str, variant: str, base: str) 
 
 
 def findings(rows: Sequence[dict[str, str]]) -> str:
-    """What AZO adds to SMA, and what SMA's weights do: the second table of the README, and the sentences before it."""
+    """What AZO adds to SMA, and what SMA's weights do: second table of docs/results.md and its text."""
     rows = [row for row in rows if row["measured_on"] == TEST]
     text = []
     for name in SETTINGS:
@@ -401,7 +402,7 @@ def _mean_of(rows: Sequence[dict[str, str]], column: str) -> list[float]:
 
 
 def to_markdown(lines: Sequence[dict[str, Any]]) -> str:
-    """The table of the README."""
+    """The first table of docs/results.md."""
     text = [
         "| data | variant | lr | accuracy, % | seeds | difference, points (95 % interval) | step, times | parameters |",
         "|---|---|---|---|---|---|---|---|",
@@ -499,14 +500,12 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 
 def _write(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+    with replacing(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+        text.detach()
 
 
 def _costs_file(rows: Path) -> Path:

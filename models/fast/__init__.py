@@ -2,10 +2,9 @@
 
 ========================  ==============================================================================================
 ``forward.py``            the way through a pass of SMA, and its recomputation
+``convolution.py``         the convolutions of all branches by one shared transform, on a CPU; with ``transforms.py``,
+                          its matrices, and ``workers.py``, its threads and memory
 ``dispatch.py``           the one place that decides which form of a pass runs where
-``convolution.py``        the convolutions of all branches by one transform, on a CPU
-``transforms.py``         its matrices, and how they are applied
-``workers.py``            its threads and memory
 ``passes.py``             the two passes after the convolutions, as functions of autograd
 ``equations.py``          the same as equations, where functions of autograd cannot serve
 ``loops.py``              their values in PyTorch, step by step

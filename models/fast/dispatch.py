@@ -115,8 +115,10 @@ def has_kernels(device: torch.device, dtype: torch.dtype = torch.float32, channe
     return _works[case]
 
 
-def compare_kernels(device: torch.device, dtype: torch.dtype, channels_last: bool) -> None:
-    """Every kernel on a small problem with carried potentials, half of it AZO's.
+def compare_kernels(
+    device: torch.device, dtype: torch.dtype, channels_last: bool, shape: tuple[int, ...] = (3, 2, 5, 6, 7)
+) -> None:
+    """Every kernel on a problem of ``shape`` ``[T, B, C, H, W]`` with carried potentials, half of it AZO's.
 
     Raises:
         RuntimeError: one of them gives something else than PyTorch.
@@ -130,8 +132,9 @@ def compare_kernels(device: torch.device, dtype: torch.dtype, channels_last: boo
         form = torch.channels_last if channels_last else torch.contiguous_format
         return x.to(dtype).flatten(0, 1).contiguous(memory_format=form).unflatten(0, shape[:2])
 
-    y, grad, grad_means, v = random(3, 2, 5, 6, 7), random(3, 2, 5, 6, 7), random(3, 2, 5), random(2, 5, 6, 7)
-    scale, shift, current, previous = random(5, 1, 1), random(5, 1, 1), random(2, 3, 2, 5), random(2, 3, 2, 5)
+    T, B, C = shape[:3]
+    y, grad, grad_means, v = random(*shape), random(*shape), random(T, B, C), random(*shape[1:])
+    scale, shift, current, previous = random(C, 1, 1), random(C, 1, 1), random(2, T, B, C), random(2, T, B, C)
     previous[:, 0] = previous[1] = 0
     results = []
     for passes in (loops, kernels):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,12 +58,13 @@ def _encode(branches: list[_Branch], x: Tensor) -> list[Coded]:
 def _convolutions(branches: list[_Branch], x: Tensor) -> Iterator[Tensor]:
     """What the convolutions of the branches make of their common input, each ``[T, B, C, H, W]``."""
     flat, convs = x.flatten(0, 1), [branch.conv for branch in branches]
+    weights = [conv.weight for conv in convs]
     plain = all(type(conv).forward is nn.Conv2d.forward and conv.groups == 1 for conv in convs)
-    if plain and functions_work(x) and applies(flat, weights := [conv.weight for conv in convs], samples=len(x)):
-        found = branch_convolutions(flat, weights, [conv.bias for conv in convs])
+    if plain and functions_work(flat, *weights) and applies(flat, weights, samples=len(x)):
+        outputs: Iterable[Tensor] = branch_convolutions(flat, weights, [conv.bias for conv in convs])
     else:
-        found = (conv(flat) for conv in convs)
-    return (y.unflatten(0, x.shape[:2]) for y in found)
+        outputs = (conv(flat) for conv in convs)
+    return (y.unflatten(0, x.shape[:2]) for y in outputs)
 
 
 def _activate(branch: _Branch, y: Tensor) -> Coded:

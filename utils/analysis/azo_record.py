@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +13,18 @@ from torch import Tensor, nn
 
 from models.sma import SMA
 from utils.errors import UserError
-from utils.files import partial_of
+from utils.files import replacing
 
-__all__ = ["AZORecord", "read_azo_record"]
+__all__ = ["AZORecord", "kernel_sizes", "read_azo_record"]
 
 FOLDER = "azo"
 _BATCHES, _KERNELS = "batches", "kernels"
+
+
+def kernel_sizes(sma: SMA) -> list[int]:
+    """Kernel size of every scale."""
+    branches: Any = sma.S_Convs
+    return [branch.conv.kernel_size[0] for branch in branches]
 
 
 class AZORecord:
@@ -42,7 +47,7 @@ class AZORecord:
                 shape = (len(module.S_Convs), module.time, module.channel)
                 self._counts[name] = torch.zeros(shape, dtype=torch.int32, device=device)
                 self._batches[name] = 0
-                self._kernels = [branch.conv.kernel_size[0] for branch in module.S_Convs]  # the same in all SMA
+                self._kernels = kernel_sizes(module)  # the same in all SMA
                 module.observer = self._observer(name)
 
     def __bool__(self) -> bool:
@@ -80,10 +85,10 @@ class AZORecord:
         """Write the counts of ``epoch`` into the run directory, whole or not at all, and start those of the next."""
         path = run / FOLDER / f"epoch_{epoch:04}.npz"
         path.parent.mkdir(exist_ok=True)
-        counts = {name: count.cpu().numpy() for name, count in self._counts.items()}
-        with partial_of(path).open("wb") as file:
-            np.savez_compressed(file, **counts, **{_BATCHES: max(self._batches.values()), _KERNELS: self._kernels})
-        os.replace(partial_of(path), path)
+        content: dict[str, Any] = {name: count.cpu().numpy() for name, count in self._counts.items()}
+        content |= {_BATCHES: max(self._batches.values()), _KERNELS: self._kernels}
+        with replacing(path) as file:
+            np.savez_compressed(file, **content)
         for name, count in self._counts.items():
             count.zero_()
             self._batches[name] = 0
@@ -102,8 +107,8 @@ def read_azo_record(run: Path) -> tuple[list[int], list[int], dict[str, np.ndarr
     paths = sorted((run / FOLDER).glob("epoch_*.npz"))
     if not paths:
         raise UserError(
-            f"run directory {run} has no record of AZO ({FOLDER}/epoch_*.npz); train with --AZO, and give the "
-            "--output-dir of that run"
+            f"run directory {run} has no record of AZO ({FOLDER}/epoch_*.npz); train with --AZO --record-azo, and "
+            "give the --output-dir of that run"
         )
     shares: dict[str, list[np.ndarray]] = {}
     for path in paths:

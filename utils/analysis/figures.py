@@ -8,10 +8,11 @@ colour-blind, and it has one colour scale.
 from __future__ import annotations
 
 import contextlib
-import os
+import io
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -20,14 +21,27 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
 from utils.errors import UserError
-from utils.files import partial_of, writing
+from utils.files import replacing, writing
 from utils.pictures import colours
 
-__all__ = ["draw_attention", "draw_azo", "draw_curves", "draw_frames", "draw_spikes", "save", "style"]
+__all__ = [
+    "draw_attention",
+    "draw_azo",
+    "draw_changes",
+    "draw_confusion",
+    "draw_curves",
+    "draw_frames",
+    "draw_rates",
+    "draw_spikes",
+    "save",
+    "style",
+    "svg",
+]
 
 WIDTH = 7.0  # inches
 DPI = 200
@@ -35,6 +49,8 @@ DPI = 200
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
 MAP = "viridis"
+# The same figure gives the same bytes: no date.
+_FORMATS: dict[str, dict[str, Any]] = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 _MOST_LETTERS = 60  # of a line in a legend
 _MOST_STEPS, _FITTING_STEPS = 8, 24  # of a figure: where nobody chooses them, and where somebody does
 
@@ -42,36 +58,48 @@ _MOST_STEPS, _FITTING_STEPS = 8, 24  # of a figure: where nobody chooses them, a
 @contextlib.contextmanager
 def style() -> Iterator[None]:
     """The settings of all figures, inside the block only."""
-    settings = {
+    settings: Any = {  # matplotlib types the keys one by one
         "font.family": "DejaVu Sans", "font.size": 8.0, "axes.titlesize": 8.0, "axes.labelsize": 8.0,
         "xtick.labelsize": 7.0, "ytick.labelsize": 7.0, "legend.fontsize": 7.0, "figure.titlesize": 9.0,
         "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5,
-        "ytick.major.size": 2.5, "lines.linewidth": 1.3,
+        "ytick.major.size": 2.5, "lines.linewidth": 1.3, "pdf.fonttype": 42, "svg.hashsalt": "sma",
     }  # fmt: skip
     with matplotlib.rc_context(settings):
         yield
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all.
+    """Write a figure as PNG, PDF and SVG, each whole or not at all.
+
+    Args:
+        path: of the PNG; the others lie next to it.
 
     Raises:
         UserError: it cannot be written there.
     """
     with style(), writing(f"figure {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial_of(path), format="png", dpi=DPI)
-        os.replace(partial_of(path), path)
+        for suffix, facts in _FORMATS.items():
+            with replacing(path.with_suffix(suffix)) as file:
+                figure.savefig(file, format=suffix[1:], dpi=DPI, metadata=facts)
 
 
-def _figure(height: float, width: float = WIDTH, layout: str = "constrained") -> Figure:
+def svg(figure: Figure) -> str:
+    """A figure as SVG, for a page."""
+    text = io.StringIO()
+    with style():
+        figure.savefig(text, format="svg", dpi=DPI, metadata=_FORMATS[".svg"])
+    return text.getvalue()
+
+
+def _figure(height: float, width: float = WIDTH, compress: bool = False) -> Figure:
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.04, compress=compress)  # inches
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.04)  # inches
     FigureCanvasAgg(figure)  # draws without a window, whatever backend is set
     return figure
 
 
-def _colour_bar(figure: Figure, axes: Sequence[Axes], largest: float, label: str, alpha: float = 1.0) -> Normalize:
+def _colour_bar(figure: Figure, axes: Iterable[Axes], largest: float, label: str, alpha: float = 1.0) -> Normalize:
     """The one colour scale of a figure, from 0 to ``largest``."""
     scale = Normalize(0, largest or 1.0)
     bar = figure.colorbar(
@@ -117,7 +145,7 @@ def draw_spikes(
 
     Args:
         frames: input in grey, ``[T, H, W]``, 0 (background) to 1.
-        rates: name of a layer to the share of its channels that spike, ``[T, h, w]``, spread over the input.
+        rates: label of a layer to the share of its channels that spike, ``[T, h, w]``, spread over the input.
         shade: lay the map over the input; False shows the map alone.
         steps: numbers of the time steps to show, from 1; None: all, of more than eight eight, evenly spread.
 
@@ -126,28 +154,27 @@ def draw_spikes(
     """
     alpha = 0.75 if shade else 1.0
     T = len(frames)
-    steps = np.linspace(1, T, min(_MOST_STEPS, T)).round().astype(int) if steps is None else steps
-    for step in steps:
+    for step in steps or ():
         if not 1 <= step <= T:
             raise UserError(f"--steps {step} is none of the {T} time steps; give numbers from 1 to {T}")
-    steps = np.unique(steps) - 1
-    if len(steps) > _FITTING_STEPS:
-        raise UserError(f"--steps names {len(steps)} steps and {_FITTING_STEPS} fit on a page; give fewer")
+    shown = np.unique(np.linspace(1, T, min(_MOST_STEPS, T)).round().astype(int) if steps is None else steps) - 1
+    if len(shown) > _FITTING_STEPS:
+        raise UserError(f"--steps names {len(shown)} steps and {_FITTING_STEPS} fit on a page; give fewer")
     extent = (0, frames.shape[2], frames.shape[1], 0)
     with style():
         labels = {name: _two_lines(name) for name in ["input", *rates]}
         margins = 0.065 * max(len(line) for label in labels.values() for line in label.split("\n")) + 1.0  # inches
-        side = min((WIDTH - margins) / len(steps) - 0.06, 5.2 / (len(rates) + 1), 1.1)
+        side = min((WIDTH - margins) / len(shown) - 0.06, 5.2 / (len(rates) + 1), 1.1)
         height = side * frames.shape[1] / frames.shape[2]
-        size = (len(rates) + 1) * (height + 0.08) + 0.55, len(steps) * (side + 0.06) + margins
-        figure = _figure(*size, layout="compressed")  # the pictures keep their proportions and stay close together
-        axes = figure.subplots(len(rates) + 1, len(steps), squeeze=False)
+        size = (len(rates) + 1) * (height + 0.08) + 0.55, len(shown) * (side + 0.06) + margins
+        figure = _figure(*size, compress=True)  # the pictures keep their proportions and stay close together
+        axes = figure.subplots(len(rates) + 1, len(shown), squeeze=False)
         scale = _colour_bar(
-            figure, axes.ravel(), max(float(rate[steps].max()) for rate in rates.values()),
+            figure, axes.ravel(), max(float(rate[shown].max()) for rate in rates.values()),
             "channels that spike, share", alpha,
         )  # fmt: skip
         for row, (name, values) in enumerate([("input", None), *rates.items()]):
-            for ax, t in zip(axes[row], steps, strict=True):
+            for ax, t in zip(axes[row], shown, strict=True):
                 _only_picture(ax)
                 if values is None or shade:
                     darkest = (
@@ -160,20 +187,20 @@ def draw_spikes(
                         alpha=alpha,
                     )  # fmt: skip
             axes[row, 0].set_ylabel(labels[name], rotation=0, ha="right", va="center")
-        many = len(steps) > _MOST_STEPS  # no room for the word in every column
-        for ax, t in zip(axes[0], steps, strict=True):
+        many = len(shown) > _MOST_STEPS  # no room for the word in every column
+        for ax, t in zip(axes[0], shown, strict=True):
             ax.set_title(f"{t + 1}" if many else f"step {t + 1}", pad=2)
         figure.suptitle(f"{title}, numbers: time steps" if many else title)
     return figure
 
 
-def _two_lines(name: str, most: int = 14) -> str:
-    """The name of a module, broken at the dot nearest to its middle where it is long."""
-    dots = [position for position, letter in enumerate(name) if letter == "."]
-    if len(name) <= most or not dots:
-        return name
-    cut = min(dots, key=lambda position: abs(position - len(name) / 2)) + 1
-    return f"{name[:cut]}\n{name[cut:]}"
+def _two_lines(label: str, most: int = 14) -> str:
+    """A label, broken at the space nearest to its middle where it is long."""
+    spaces = [position for position, letter in enumerate(label) if letter == " "]
+    if len(label) <= most or not spaces:
+        return label
+    cut = min(spaces, key=lambda position: abs(position - len(label) / 2))
+    return f"{label[:cut]}\n{label[cut + 1 :]}"
 
 
 def draw_attention(
@@ -190,7 +217,7 @@ def draw_attention(
     scales, steps, channels = channel.shape
     with style():
         figure = _figure(4.6)
-        above, below = figure.subfigures(2, 1, height_ratios=(1.0, 1.25))
+        above, below = np.ravel(figure.subfigures(2, 1, height_ratios=(1.0, 1.25), squeeze=False))
         ax = above.subplots()
         x = np.arange(1, steps + 1)
         for s, kernel in enumerate(kernels):
@@ -286,4 +313,91 @@ def draw_curves(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
             [*handles, solid, dashed], [*names, "test", "training"], loc="outside lower center", ncols=in_a_row,
             frameon=False,
         )  # fmt: skip
+    return figure
+
+
+def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str) -> Figure:
+    """A confusion matrix: the share of the samples of a true class (row) that were predicted as another (column).
+
+    Args:
+        matrix: samples, ``[K, K]``. Up to 20 classes they are written into the cells.
+        classes: their names; above 40 every few are written.
+    """
+    count = len(classes)
+    shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    with style():
+        figure = _figure(5.6, 6.4)
+        ax = figure.subplots()
+        names = [name if len(name) <= 20 else f"{name[:19]}…" for name in classes]
+        scale = Normalize(0, 100)
+        ax.imshow(shares, cmap="Blues", norm=scale, interpolation="nearest")
+        shown = np.arange(0, count, -(-count // 40))
+        size = 7.0 if len(shown) <= 25 else 5.5
+        ax.set_xticks(shown, [names[i] for i in shown], fontsize=size)
+        ax.set_yticks(shown, [names[i] for i in shown], fontsize=size)
+        if max(map(len, names)) > 2:
+            ax.tick_params("x", rotation=90)
+        if count <= 20:
+            for (row, column), number in np.ndenumerate(matrix):
+                if number:
+                    dark = shares[row, column] > 55
+                    ax.text(column, row, f"{number}", ha="center", va="center", fontsize=7,
+                            color="white" if dark else "black")  # fmt: skip
+        ax.set(xlabel="predicted class", ylabel="true class")
+        bar = figure.colorbar(
+            ScalarMappable(scale, "Blues"), ax=ax, label="share of the true class, %", fraction=0.04, pad=0.015
+        )
+        bar.outline.set_linewidth(0.6)
+        figure.suptitle(title)
+    return figure
+
+
+def draw_rates(rates: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """Firing rate of every layer (row) at every time step (column).
+
+    Args:
+        rates: label of a layer to its firing rate at every step, 0 to 1.
+    """
+    values = 100 * np.array(list(rates.values()))
+    rows, steps = values.shape
+    with style():
+        figure = _figure(min(9.2, 0.17 * rows + 1.1), 6.4)
+        ax = figure.subplots()
+        scale = _colour_bar(figure, [ax], float(values.max()), "firing rate, %")
+        ax.imshow(values, cmap=MAP, norm=scale, aspect="auto", interpolation="nearest",
+                  extent=(0.5, steps + 0.5, rows - 0.5, -0.5))  # fmt: skip
+        shown = np.arange(0, rows, -(-rows // 50))
+        ax.set_yticks(shown, [list(rates)[i] for i in shown])
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        ax.set_xlabel("time step")
+        if rows <= 50 and steps <= 16:
+            for (row, step), rate in np.ndenumerate(values):
+                bright = rate > 0.6 * values.max()
+                ax.text(step + 1, row, f"{rate:.1f}", ha="center", va="center", fontsize=6.5 if steps <= 10 else 5.5,
+                        color="black" if bright else "white")  # fmt: skip
+        figure.suptitle(title)
+    return figure
+
+
+def draw_changes(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """Accuracy under changes of the input: a point with its 95 % interval for each, the unchanged input as a line.
+
+    Args:
+        rows: ``name``, ``acc1``, ``low``, ``high`` in percent; the first is the unchanged input.
+    """
+    with style():
+        figure = _figure(0.2 * len(rows) + 0.9, 5.6)
+        ax = figure.subplots()
+        places = np.arange(len(rows))
+        middle, low, high = (np.array([row[name] for row in rows]) for name in ("acc1", "low", "high"))
+        ax.axvline(middle[0], color="#777777", linewidth=0.8, linestyle="--")
+        ax.errorbar(
+            middle, places, xerr=[middle - low, high - middle], fmt="o", markersize=3.5, color=COLOURS[0],
+            elinewidth=1.0, capsize=2,
+        )  # fmt: skip
+        ax.set_yticks(places, [row["name"] for row in rows])
+        ax.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 100), xlabel="accuracy, %; bar: 95 % interval")
+        ax.grid(axis="x", linewidth=0.3, color="#CCCCCC")
+        ax.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(title)
     return figure

@@ -172,7 +172,7 @@ class OperationCounter:
         self._sums[key] = self._sums[key] + new if key in self._sums else new
         self.layers[key].inputs += x.numel()
 
-    def _count_connections(self, key: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _count_connections(self, key: str, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x, layer = inputs[0].detach(), self.layers[key]
         if isinstance(module, nn.Linear):
             layer.connections += output.numel() * module.in_features
@@ -208,7 +208,8 @@ class OperationCounter:
             self.layers[squeeze].connections += features.numel()
             self.layers[squeeze].reached += features.numel()
 
-        for branch in sma.S_Convs:
+        branches: Any = sma.S_Convs
+        for branch in branches:
             activation = branch.lif if hasattr(branch, "lif") else branch.act
             self._handles.append(activation.register_forward_hook(count_features))
 

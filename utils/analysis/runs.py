@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.files import Fields, read_json, reading
 from utils.logger import COLUMNS
 
-__all__ = ["read_json", "read_metrics"]
+__all__ = ["read_metrics", "read_run_file"]
+
+_FIELDS: dict[str, Fields] = {
+    "args.json": {"args": dict, "data": dict, "split": dict, "batch": dict},
+    "evaluation.json": {"acc1": float, "count": int, "selection": (str, None)},
+}
 
 
 def read_metrics(run: Path) -> dict[str, list[float]]:
@@ -21,10 +27,11 @@ def read_metrics(run: Path) -> dict[str, list[float]]:
     """
     path = run / "metrics.csv"
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if None not in row.values()]  # not one that a kill cut off
+        with reading(path, "the --output-dir of a run") as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            rows = [row for row in csv.DictReader(text) if None not in row.values()]  # not one that a kill cut off
         columns = {name: [float(row[name]) for row in rows] for name in COLUMNS}
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(
             f"file {path} cannot be read as the metrics of a run ({error}); give its --output-dir"
         ) from error
@@ -33,18 +40,10 @@ def read_metrics(run: Path) -> dict[str, list[float]]:
     return columns
 
 
-def read_json(run: Path, name: str) -> dict[str, Any]:
+def read_run_file(run: Path, name: str) -> dict[str, Any]:
     """``args.json`` or ``evaluation.json`` of a run.
 
     Raises:
-        UserError: it is not there or damaged.
+        UserError: it is not there, damaged or edited.
     """
-    try:
-        content = json.loads((run / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{run / name} cannot be read ({error}); give the --output-dir of a run that is finished"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{run / name} is not what a run writes; give the --output-dir of a run that is finished")
-    return content
+    return read_json(run / name, _FIELDS[name], "the --output-dir of a run that is finished")

@@ -211,7 +211,7 @@ def _fill(directory: Path, layout: str, sensor: tuple[int, int], num_classes: in
                         place = (events[axis] + rng.random(events[axis].size)) * (size / SENSOR)
                         events[axis] = place.astype(np.int16)
                 stem = f"subject{subject:02d}_trial{trial}"
-                np.savez(folder / f"{stem}.npz", **events)
+                np.savez(folder / f"{stem}.npz", **events)  # type: ignore[arg-type]
                 lines.append(f"{_split(subject)},{name}/{stem}\n")
     if layout == "folders":
         (directory / "split.csv").write_text("".join(lines), encoding="utf-8")

@@ -7,7 +7,7 @@ import re
 import stat
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -41,9 +41,8 @@ class Stamp(NamedTuple):
 
 
 class File(NamedTuple):
-    """A sample that was found."""
+    """A file that was found."""
 
-    inside: str  # path below the folder that was walked, with suffix
     path: str
     stamp: Stamp
 
@@ -65,47 +64,59 @@ class Folder:
         return [BadFile(self.path / name, f"is a class without {what}") for name in sorted(lacking - used)]
 
 
-def read_folder(path: Path, suffixes: Sequence[str] = (".npz",), parts: Sequence[str] = ()) -> Folder:
+def read_folder(
+    path: Path,
+    suffixes: Sequence[str] = (".npz",),
+    parts: Sequence[str] = (),
+    leave_out: Callable[[str], bool] | None = None,
+) -> Folder:
     """Find ``<class>/<sample>``, or ``<part>/<class>/<sample>`` for the given parts.
 
     A folder inside a class, a sample outside, another part and everything that :func:`walk` names is bad.
+
+    Args:
+        suffixes: of the samples, in lower case.
+        parts: the folders above the classes.
+        leave_out: tells by the name whether something in ``path`` itself is not looked at.
     """
-    found = Folder(path)
-    depth = 2 if parts else 1
-    for entry in walk(path, suffixes, depth) if path.is_dir() else ():
+    found, levels, depth = Folder(path), dict[str, list[File]](), 2 if parts else 1
+    for entry in walk(path, suffixes, depth, leave_out) if path.is_dir() else ():
         if isinstance(entry, BadFile):
             found.bad.append(entry)
-            continue
-        inside = entry.inside if isinstance(entry, File) else entry
-        folders = inside.split("/")[: -1 if isinstance(entry, File) else None]
-        if parts and folders and folders[0] not in parts:
-            if len(folders) == 1:
+        else:
+            levels.setdefault(entry[0], []).extend(entry[1])
+    for inside in sorted(levels, key=lambda inside: inside.replace("/", "\0")):
+        files, level = sorted(levels[inside]), inside.count("/") + 1 if inside else 0
+        if parts and level and inside.partition("/")[0] not in parts:
+            if level == 1:
                 found.bad.append(BadFile(path / inside, f"is neither of the folders {', '.join(parts)}"))
-        elif isinstance(entry, File) and len(folders) == depth:
-            name = os.path.splitext(inside)[0]
-            if found.files.setdefault(name, entry) is not entry:
-                found.bad.append(BadFile(path / inside, f"and {found.files[name].path} are one sample by their names"))
-        elif isinstance(entry, File):
-            found.bad.append(BadFile(path / inside, "does not lie in the folder of a class"))
-        elif len(folders) == depth:
+        elif level < depth:
+            found.bad += [BadFile(Path(file.path), "does not lie in the folder of a class") for file in files]
+        else:
             found.classes.append(inside)
-    order = sorted(found.files.items(), key=lambda item: item[1].inside.split("/"))
-    found.files, found.classes = dict(order), sorted(found.classes)
+            for file in files:
+                other = found.files.setdefault(_sample(inside, file.path.rpartition("/")[2]), file)
+                if other is not file:
+                    found.bad.append(BadFile(Path(file.path), f"and {other.path} are one sample by their names"))
     return found
 
 
-def walk(folder: Path, suffixes: Sequence[str], depth: int | None = None) -> Iterator[File | BadFile | str]:
-    """Everything below a folder: files with one of the suffixes, bad ones, and the paths of the folders inside.
+def walk(
+    folder: Path, suffixes: Sequence[str], depth: int | None = None, leave_out: Callable[[str], bool] | None = None
+) -> Iterator[tuple[str, list[File]] | BadFile]:
+    """Everything below a folder: its folders, by the path in it, with their files, and what is bad.
 
     Hidden names are left out. Links are followed after everything else, and a folder or file that was seen already is
-    bad the second time: a link cannot make two samples of one, nor lead in a circle.
+    bad the second time: a link cannot make two samples of one, nor lead in a circle. A folder may be named again, with
+    files behind links.
 
     Args:
-        suffixes: lower case; names are compared in lower case.
+        suffixes: of the files, in lower case; names are compared in lower case.
         depth: of the deepest folders to look into, 0 is ``folder`` itself; deeper ones are bad. None: any.
+        leave_out: tells by the name whether something in ``folder`` itself is not looked at.
     """
     seen: dict[tuple[int, int], str] = {}  # folders
-    numbers, linked_files = array("q"), []  # of files: hashes, as there may be millions
+    numbers, linked_files = array("q"), list[tuple[str, str]]()  # of files: hashes, as there may be millions
     folders, links = deque([(str(folder), "")]), deque[tuple[str, str]]()
     wanted = tuple(suffixes)
     while folders or links:
@@ -121,47 +132,52 @@ def walk(folder: Path, suffixes: Sequence[str], depth: int | None = None) -> Ite
         except OSError as error:
             yield BadFile(Path(place), f"cannot be read ({error.strerror or error})")
             continue
-        if inside:
-            yield inside
+        files = []
         for entry in found:
-            if entry.name.startswith((".", "__MACOSX")):
+            name = entry.name
+            if name.startswith((".", "__MACOSX")) or (leave_out is not None and not inside and leave_out(name)):
                 continue
-            is_sample, name = entry.name.lower().endswith(wanted), f"{inside}/{entry.name}" if inside else entry.name
+            is_sample = name.lower().endswith(wanted)
             try:
                 status = entry.stat()
             except OSError as error:
-                if is_sample or not os.path.splitext(entry.name)[1]:
+                if is_sample or "." not in name:
                     what = "is a link to nothing" if entry.is_symlink() else f"cannot be read ({error.strerror})"
-                    yield BadFile(Path(entry.path), what, os.path.splitext(name)[0] if is_sample else "")
+                    yield BadFile(Path(entry.path), what, _sample(inside, name) if is_sample else "")
                 continue
-            if stat.S_ISDIR(status.st_mode):
-                if depth is not None and name.count("/") >= depth:
-                    yield BadFile(
-                        Path(entry.path), "is a folder inside a class, and nothing in it is read; move it away"
-                    )
+            if stat.S_ISREG(status.st_mode):
+                if not is_sample:
+                    continue
+                if "\n" in name:
+                    yield BadFile(Path(entry.path), "has a line break in its name; rename it")
+                elif entry.is_symlink():
+                    linked_files.append((inside, entry.path))
                 else:
-                    (links if entry.is_symlink() else folders).append((entry.path, name))
-            elif not is_sample:
-                continue
-            elif not stat.S_ISREG(status.st_mode):
-                kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
-                yield Special(Path(entry.path), f"is {kind} and no file; remove it", os.path.splitext(name)[0])
-            elif entry.is_symlink():
-                linked_files.append((name, entry.path))
-            else:
-                numbers.append(hash((status.st_dev, status.st_ino)))
-                yield File(name, entry.path, Stamp(status.st_size, status.st_mtime_ns))
+                    numbers.append(hash((status.st_dev, status.st_ino)))
+                    files.append(File(entry.path, Stamp(status.st_size, status.st_mtime_ns)))
+            elif stat.S_ISDIR(status.st_mode):
+                deeper = f"{inside}/{name}" if inside else name
+                if depth is not None and deeper.count("/") >= depth:
+                    yield BadFile(Path(entry.path), "is a folder inside a class and is not read; move it away")
+                else:
+                    (links if entry.is_symlink() else folders).append((entry.path, deeper))
+            elif is_sample:
+                kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+                yield Special(Path(entry.path), f"is {kind} and no file; remove it", _sample(inside, name))
+        yield inside, files
     targets = set(numbers) if linked_files else set()
-    for name, path in linked_files:
+    for inside, path in linked_files:
         status = os.stat(path)
         number = hash((status.st_dev, status.st_ino))
         if number in targets:
-            yield BadFile(
-                Path(path), "is a link to a sample that is read already; remove it", os.path.splitext(name)[0]
-            )
+            yield BadFile(Path(path), "is a link to a sample that is read already; remove it")
         else:
             targets.add(number)
-            yield File(name, path, Stamp(status.st_size, status.st_mtime_ns))
+            yield inside, [File(path, Stamp(status.st_size, status.st_mtime_ns))]
+
+
+def _sample(folder: str, name: str) -> str:
+    return f"{folder}/{name.rpartition('.')[0]}"
 
 
 def listing(bad: Sequence[BadFile]) -> str:

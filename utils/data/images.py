@@ -12,9 +12,12 @@ import hashlib
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +28,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
+from utils.data.folders import BadFile, File, Special, listing, walk
 from utils.data.loaders import sample_seed
+from utils.data.splits import SplitInfo
 from utils.errors import DataError, UserError
 
 __all__ = [
@@ -42,6 +47,7 @@ __all__ = [
 DECODERS = ("pil", "torchcodec")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in the range 0 to 1
 _IMAGENET_CLASSES, _IMAGENET_TEST = 1000, 50_000
+_MOST_LINES = 100_000  # of a manifest
 _HOW_TO_GET = "tools/prepare_imagenet.py makes it from the official archives, and --demo needs none"
 
 
@@ -72,33 +78,37 @@ class ImageSet(ImageFolder):
         seed: int = 0,
         leave_out: bool = False,
     ):
-        hidden = os.sep + "."
-        super().__init__(
-            str(folder),
-            transform,
-            is_valid_file=lambda path: (
-                path.lower().endswith(IMG_EXTENSIONS) and hidden not in path.removeprefix(str(folder))
-            ),
-            allow_empty=True,
-        )
         self.folder, self.seed, self.leave_out = folder, seed, leave_out
+        self.sizes: list[int] = []  # bytes of each image
+        self._files = _list_images(folder)
+        super().__init__(str(folder), transform, is_valid_file=lambda path: True)
         self.epoch = 0
         self._decode = _torchcodec_decoder() if decoder == "torchcodec" else None
         self.left_out = multiprocessing.Value("q", 0)  # one count for all workers
-        empty = sorted(set(range(len(self.classes))) - set(self.targets))
-        if empty:
-            raise UserError(
-                f"class folder {folder / self.classes[empty[0]]} has no images"
-                f"{f', and {len(empty) - 1} others' if len(empty) > 1 else ''}; "
-                "fill it, or remove it from training and test"
-            )
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         """Sorted folder names and their labels."""
-        classes = _class_folders(Path(directory))
+        classes = sorted({inside.partition("/")[0] for inside, _ in self._files})
         if not classes:
             raise UserError(f"folder {directory} has no class folders; it must hold <class>/<image>")
         return classes, {name: label for label, name in enumerate(classes)}
+
+    def make_dataset(self, directory: str, class_to_idx: dict[str, int], **_: Any) -> list[tuple[str, int]]:
+        """Paths and labels of all images, class by class."""
+        samples = []
+        for inside, files in self._files:
+            label = class_to_idx[inside.partition("/")[0]]
+            samples += [(file.path, label) for file in files]
+            self.sizes += [file.stamp.size for file in files]
+        self._files = []
+        empty = sorted(set(class_to_idx.values()) - {label for _, label in samples})
+        if empty:
+            raise UserError(
+                f"class folder {self.folder / list(class_to_idx)[empty[0]]} has no images"
+                f"{f', and {len(empty) - 1} others' if len(empty) > 1 else ''}; "
+                "fill it, or remove it from training and test"
+            )
+        return samples
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
         path, label = self.samples[index]
@@ -131,7 +141,50 @@ class ImageSet(ImageFolder):
             except (RuntimeError, ValueError):
                 pass  # a format that PIL reads, or a damaged file, of which PIL tells what is wrong
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return _to_rgb(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Eight bits a colour. PIL itself clips what has more.
+
+    16-bit images have values up to 65535, floating-point ones up to 1, 255 or 65535, whichever holds theirs.
+
+    Raises:
+        ValueError: it has other values.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image.convert("RGB")
+    values = np.asarray(image, np.float64)
+    least, most = values.min(), values.max()
+    full = next((full for full in ((1, 255, 65535) if image.mode == "F" else (65535,)) if most <= full), None)
+    if full is None or not least >= 0:  # NaN, too
+        raise ValueError(
+            f"values from {least:g} to {most:g}; they must be 0 to 65535, or, not whole, 0 to 1 or 0 to 255"
+        )
+    return Image.fromarray(np.rint(values * (255 / full)).astype(np.uint8)).convert("RGB")
+
+
+def _list_images(folder: Path) -> list[tuple[str, list[File]]]:
+    """The images in the folders of classes, folder by folder; what is no file is named and left out.
+
+    Raises:
+        UserError: something cannot be read, or leads twice to the same images.
+    """
+    levels, bad = dict[str, list[File]](), []
+    for entry in walk(folder, IMG_EXTENSIONS):
+        if isinstance(entry, Special):
+            print(f"image {entry}; left out", file=sys.stderr, flush=True)
+        elif isinstance(entry, BadFile):
+            bad.append(entry)
+        elif entry[0]:
+            levels.setdefault(entry[0], []).extend(entry[1])
+        else:
+            bad += [BadFile(Path(file.path), "does not lie in the folder of a class") for file in entry[1]]
+    if bad:
+        raise UserError(f"{len(bad)} bad files in {folder}:{listing(bad)}")
+    # The order of torchvision's ImageFolder: it is part of the order of an epoch.
+    order = sorted(levels, key=lambda inside: (inside.partition("/")[0], inside))
+    return [(inside, sorted(levels[inside])) for inside in order]
 
 
 def _torchcodec_decoder() -> Callable:
@@ -147,26 +200,51 @@ def _torchcodec_decoder() -> Callable:
 
 @dataclass(frozen=True)
 class ImageData:
-    """Photographs ready for training: what is in them, and in words where they come from."""
+    """Photographs ready for training: what is in them, and where they come from."""
 
     train: ImageSet | None
     test: ImageSet
     title: str
+    official: bool  # ImageNet-1K, all of its test images
+    frame_size: tuple[int, int]  # of the test crop
 
     @property
     def classes(self) -> list[str]:
         """Folder names in the order of the labels."""
         return self.test.classes
 
-    @property
-    def fingerprint(self) -> str:
-        """Of the names of all images, with their classes: the same wherever the folder lies."""
-        digest = hashlib.sha256()
+    @cached_property
+    def manifest(self) -> str:
+        """Lines ``part,class/image,bytes``; of very many images ``part,class,checksum`` of those of each class."""
+        lines = []
+        for part, images in (("train", self.train), ("test", self.test)):
+            if images is not None:
+                names = (path.removeprefix(str(images.folder)).strip(os.sep) for path, _ in images.samples)
+                lines += [f"{part},{name},{size}" for name, size in zip(names, images.sizes, strict=True)]
+        if len(lines) <= _MOST_LINES:
+            return "".join(f"{line}\n" for line in lines)
+        classes = groupby(lines, lambda line: line.partition("/")[0])
+        return "".join(f"{name},{_digest(of_class)[:16]}\n" for name, of_class in classes)
+
+    @cached_property
+    def info(self) -> SplitInfo:
+        """The split in values: its fingerprint is of the names and classes, its contents also of the sizes."""
+        names = []
         for images in (self.train, self.test):
-            for path, label in images.samples if images is not None else ():
-                digest.update(f"{images.classes[label]}/{os.path.basename(path)}\n".encode())
-            digest.update(b"\n")
-        return digest.hexdigest()[:8]
+            samples = images.samples if images is not None else ()
+            names += [f"{self.classes[label]}/{os.path.basename(path)}" for path, label in samples]
+            names.append("")
+        train = len(self.train) if self.train is not None else 0
+        fingerprint, contents = _digest(names)[:8], _digest([self.manifest])[:16]
+        return SplitInfo("folders", None, None, fingerprint, contents, train, len(self.test), len(self.classes), 0,
+                         self.official, demo=False)  # fmt: skip
+
+
+def _digest(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def load_image_data(
@@ -208,8 +286,10 @@ def load_image_data(
                     f"class {unpaired[0]}{others} of {one.folder} {verb} not in {other.folder}; the labels are the "
                     "ranks of the sorted names, so both folders need the same classes"
                 )
-    whole = len(test.classes) == _IMAGENET_CLASSES and len(test) == _IMAGENET_TEST
-    return ImageData(train, test, "ImageNet-1K" if whole else f"{data_dir.resolve().name} (not the whole ImageNet-1K)")
+    official = len(test.classes) == _IMAGENET_CLASSES and len(test) == _IMAGENET_TEST
+    crop = test_crop or image_size
+    title = "ImageNet-1K" if official else f"{data_dir.resolve().name} (not all of ImageNet-1K)"
+    return ImageData(train, test, title, official, (crop, crop))
 
 
 def _test_folder(data_dir: Path) -> Path:

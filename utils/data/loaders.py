@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
 
 from utils.distributed import Process
 from utils.errors import UserError
@@ -18,10 +18,13 @@ __all__ = ["Data", "make_loaders", "sample_seed", "set_epoch"]
 
 
 class Data(Protocol):
-    """What loaders are made of."""
+    """What loaders are made of: sized data sets; ``train`` may be None."""
 
-    train: Dataset | None
-    test: Dataset
+    @property
+    def train(self) -> Any: ...
+
+    @property
+    def test(self) -> Any: ...
 
 
 class _Shard(Sampler[int]):
@@ -52,7 +55,7 @@ class _Shuffled(DistributedSampler):
 class _Loader(DataLoader):
     """A loader whose processes survive a SIGTERM to all processes of the run."""
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Any:
         with starting_workers():
             return super().__iter__()
 
@@ -65,13 +68,13 @@ def make_loaders(
     process: Process,
     collate: Callable[[list], Any] | None = None,
     drop_last: bool = True,
-) -> tuple[DataLoader | None, DataLoader]:
+) -> tuple[DataLoader, DataLoader]:
     """Loaders of training (shuffled by seed and epoch) and test batches of this process.
 
     Call :func:`set_epoch` before every training epoch.
 
     Args:
-        data: has ``train`` (None where only an evaluation is wanted) and ``test``.
+        data: has ``train`` (None where only an evaluation is wanted: that loader is empty) and ``test``.
         batch_size: of this process.
         collate: list of samples to a batch; torch's where it is None.
         drop_last: leave out the last training batch where it is smaller. Without, every process takes it, and up to
@@ -80,7 +83,7 @@ def make_loaders(
     Raises:
         UserError: there is no training batch for every process.
     """
-    common = {
+    common: dict[str, Any] = {
         "batch_size": batch_size,
         "num_workers": num_workers,
         "pin_memory": process.device.type == "cuda",
@@ -91,19 +94,19 @@ def make_loaders(
     own = torch.Generator()
     test_batches = _Loader(data.test, sampler=_Shard(len(data.test), process), generator=own, **common)
     if data.train is None:
-        return None, test_batches
+        return _Loader(TensorDataset(torch.empty(0))), test_batches
     needed = (batch_size if drop_last else 1) * process.world_size
     if len(data.train) < needed:
+        share = f"{needed // process.world_size} for each of {process.world_size} process(es)"
         raise UserError(
-            f"--batch-size: a step takes at least {needed} training samples ({needed // process.world_size} for each "
-            f"of {process.world_size} process(es)) and there are {len(data.train)}; use a smaller batch or fewer "
-            "processes"
+            f"--batch-size: a step takes {'' if drop_last else 'at least '}{needed} training samples ({share}) and "
+            f"there are {len(data.train)}; use a smaller batch or fewer processes"
         )
     sampler = _Shuffled(data.train, process.world_size, process.rank, seed=seed, drop_last=drop_last)
     return _Loader(data.train, sampler=sampler, drop_last=drop_last, **common), test_batches
 
 
-def set_epoch(loader: DataLoader, epoch: int, step: int = 0) -> None:
+def set_epoch(loader: Any, epoch: int, step: int = 0) -> None:
     """Give the epoch to everything in a training loader that draws, the order and the augmentation.
 
     Args:

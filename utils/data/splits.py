@@ -18,6 +18,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class Split:
         """The rule, with its seed, as the beginning of a file name."""
         return self.rule if self.seed is None else f"{self.rule}_seed{self.seed}"
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """8 digits that depend on the names and their part, and on nothing else."""
         parts = zip(_PARTS, (self.train, self.test), strict=True)
@@ -101,17 +102,6 @@ class SplitInfo:
     official: bool  # all samples of the data set, and no others
     demo: bool
 
-    def __str__(self) -> str:
-        """In words, for the header of a run and every result."""
-        rule = {
-            "own": "the data set's own",
-            "random": f"random 90/10 in each class, seed {self.seed}",
-            "first90": "the first 90 % of each class",
-            "tebn": "TEBN's: the first 100 of each class to test",
-            "file": f"file {self.file}",
-        }[self.rule]
-        return f"{rule}, fingerprint {self.fingerprint}"
-
 
 def changes(before: str, now: str) -> list[str]:
     """What differs between the manifests (``split.txt``) of two runs: a line for each sample, by its name.
@@ -128,7 +118,7 @@ def changes(before: str, now: str) -> list[str]:
         elif old[name] != new[name] and _UNKNOWN not in (old[name], new[name]):
             events = [checksum.partition(":")[0] for checksum in (old[name], new[name])]
             if events[0] != events[1]:
-                found.append(f"{name} has other events")
+                found.append(f"{name} has other contents")
             elif ":" in old[name] and ":" in new[name]:
                 found.append(f"{name} has other frames of the same events")
     return found
@@ -136,7 +126,7 @@ def changes(before: str, now: str) -> list[str]:
 
 def _samples_of(manifest: str) -> dict[str, str]:
     """``part,class/sample`` to its checksum."""
-    lines = (line.rpartition(",") for line in manifest.splitlines() if line and not line.startswith("#"))
+    lines = (line.rpartition(",") for line in manifest.split("\n") if line and not line.startswith("#"))
     return {name: checksum for name, _, checksum in lines}
 
 
@@ -155,7 +145,7 @@ def make_split(rule: str, names: Sequence[str], seed: int) -> Split:
     for label, group in groupby(sorted(names, key=_class_and_sample), lambda name: name.partition("/")[0]):
         of_class = list(group)
         if rule == "random":
-            random.Random(f"{seed}/{label}").shuffle(of_class)
+            random.Random(f"{seed}/{label}".encode("utf-8", "surrogateescape")).shuffle(of_class)
             cut = int(0.9 * len(of_class))
         elif rule == "first90":
             cut = math.ceil(0.9 * len(of_class))

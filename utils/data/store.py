@@ -83,9 +83,16 @@ def write_store(path: Path, contents: Contents, samples: Iterable[bytes]) -> Non
 
     Raises:
         OSError: no room, or the folder cannot be written to.
+        DataError: the name of the folder is no UTF-8.
     """
     import blosc2
 
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # blosc2 takes no other names
+        raise DataError(
+            f"packed frames {path} need a name and a locale in UTF-8; rename the folder, or set LC_ALL=C.UTF-8"
+        ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
     create(partial).close()
@@ -183,6 +190,7 @@ class Store:
         """Raises DataError where the bytes are not those that were written."""
         import blosc2
 
+        index = range(len(self))[index]
         frames = np.empty(self.contents.shape, self.contents.dtype)
         try:
             if self._array is None:

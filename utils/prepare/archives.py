@@ -37,7 +37,7 @@ _DAMAGE_ERRNO = (None, errno.EINVAL)
 _NOT_DATA = ("__MACOSX",)  # and hidden files
 # What archives of recordings may unpack to: events are dense, so what grows more is no recording.
 _MOST_GROWTH, _MOST_FILES = 20, 1_000_000
-_LEAST_LIMIT = 1 << 30  # bytes
+_LEAST_LIMIT = 64 << 20  # bytes
 
 
 class ArchiveError(UserError):
@@ -90,7 +90,7 @@ def unpack_all(archives: Sequence[Path], folder: Path) -> None:
     """Unpack archives ``.zip`` or ``.tar.gz``; files that are there whole already are left as they are.
 
     A file gets its name when it is whole. Links, devices and paths that lead out of the folder are refused, and so is
-    what is too much: 20 times the bytes of the archives (at least 1 GiB), a million files, or more than the disk holds.
+    what is too much: 20 times the bytes of the archives (at least 64 MiB), a million files, or more than fits the disk.
 
     Raises:
         UserError: it is too much.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,9 @@ def building_folder(final: Path) -> Path:
     target = _target(final)
     folder = target.with_name(f".building-{target.name}")
     if folder.is_symlink():
-        raise OSError(None, "is a link and no folder of this program, which needs the name; move it away", str(folder))
+        raise OSError(
+            errno.EEXIST, "is a link and no folder of this program, which needs the name; move it away", str(folder)
+        )
     folder.mkdir(exist_ok=True)
     return folder
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -19,7 +18,7 @@ from utils.data.store import count_type
 from utils.errors import DataError
 from utils.files import read_text, write_text
 
-__all__ = ["Facts", "content_checksum", "facts_of", "read_frames", "read_record", "resized", "write_record"]
+__all__ = ["Facts", "Record", "content_checksum", "facts_of", "read_frames", "read_record", "resized", "write_record"]
 
 _DIGITS = 16
 _RECORD = "# size, time, size and time of the events, checksums of events and frames, largest count, extent, sample\n"
@@ -100,16 +99,16 @@ def facts_of(frames: np.ndarray) -> Facts:
     return Facts(content_checksum(frames), checksum, int(frames.max()), height, width)
 
 
-Record = Mapping[str, tuple[Stamp, Stamp, Facts]]
+Record = dict[str, tuple[Stamp, Stamp, Facts]]
 """Samples to the stamps of their frames and of the events (-1, -1: unknown) that these were made from, and facts."""
 
 
-def read_record(path: Path) -> dict[str, tuple[Stamp, Stamp, Facts]]:
+def read_record(path: Path) -> Record:
     """What an earlier look at the frames found; nothing where there was none."""
-    found: dict[str, tuple[Stamp, Stamp, Facts]] = {}
+    found: Record = {}
     text = read_text(path) or ""
-    with contextlib.suppress(ValueError):
-        for line in text.removeprefix(_RECORD).splitlines() if text.startswith(_RECORD) else ():
+    with contextlib.suppress(ValueError, TypeError):  # from the first damaged line on, frames are read again
+        for line in text.removeprefix(_RECORD).split("\n")[:-1] if text.startswith(_RECORD) else ():
             size, changed, source_size, source_changed, content, frames, *numbers, name = line.split(" ", 9)
             facts = Facts(content, frames, *map(int, numbers))
             found[name] = Stamp(int(size), int(changed)), Stamp(int(source_size), int(source_changed)), facts

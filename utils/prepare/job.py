@@ -15,7 +15,7 @@ from utils.data.splits import Split
 from utils.data.store import Store
 from utils.errors import UserError
 from utils.prepare.datasets import DataSet, frames_name
-from utils.prepare.frames import Facts
+from utils.prepare.frames import Facts, Record
 from utils.prepare.recordings import Recording
 
 __all__ = ["Job"]
@@ -52,6 +52,7 @@ class Job:
     recordings: list[Recording] = field(default_factory=list)
     events: Folder = field(default_factory=lambda: Folder(Path()))
     frames: Folder = field(default_factory=lambda: Folder(Path()))
+    known: Record = field(default_factory=dict)  # from earlier looks at the frames
     facts: dict[str, Facts] = field(default_factory=dict)  # of whole frames
     bad: list[BadFile] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)  # of what was read, by kind
@@ -68,12 +69,17 @@ class Job:
     @property
     def frames_dir(self) -> Path:
         """Where the frames go."""
-        return self.data_dir / frames_name(self.T)
+        return self.data_dir if self.about.is_split_by_folder else self.data_dir / frames_name(self.T)
 
     @property
     def recordings_dir(self) -> Path:
         """Where the recordings lie."""
-        return self.data_dir / "extract" / self.about.recordings
+        return self.data_dir if self.about.is_own else self.data_dir / "extract" / self.about.recordings
+
+    @property
+    def record(self) -> Path:
+        """Where it is written down what is known of the frames."""
+        return self.data_dir / f".checked_T{self.T}_{self.about.sensor[0]}x{self.about.sensor[1]}"
 
     @property
     def writable(self) -> bool:
@@ -87,7 +93,8 @@ class Job:
 
     def read(self, folder: Path) -> Folder:
         """The samples of a folder of events or frames."""
-        return read_folder(folder, (".npz",), self.about.parts)
+        others = (lambda name: name not in self.about.parts) if folder == self.data_dir else None
+        return read_folder(folder, (".npz",), self.about.parts, others)
 
     def in_threads(self, work: Callable[[Item], Result], items: Sequence[Item], what: str) -> list[Result]:
         """``work(item)`` for every item, in order, under a progress bar; an error of one ends it all.

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,14 +62,22 @@ class Span(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True)
-class Recording:
+class Recording(NamedTuple):
     """A recording, and the samples (their paths below the folder of events) that it gives."""
 
-    path: Path
+    path: str
     samples: tuple[str, ...]
     changed: int  # nanoseconds: the last change of anything that its samples depend on
-    read: Callable[[], list[Events]]  # the events of every sample; raises RecordingError
+    reader: Callable[..., list[Events]]
+    spans: tuple[Span, ...] = ()  # of DVS128 Gesture
+
+    def read(self) -> list[Events]:
+        """The events of every sample.
+
+        Raises:
+            RecordingError
+        """
+        return self.reader(Path(self.path), *([self.spans] if self.spans else []))
 
 
 def find_recordings(folder: Path, about: DataSet) -> tuple[list[Recording], list[BadFile]]:
@@ -79,16 +85,17 @@ def find_recordings(folder: Path, about: DataSet) -> tuple[list[Recording], list
     if about.has_split:
         return _find_labelled(folder) if any(folder.glob(f"*{about.suffix}")) else ([], [])
     found = read_folder(folder, (about.suffix,))
-    read = read_aedat2 if about.suffix == ".aedat" else read_bin
-    recordings = [
-        Recording(Path(file.path), (name,), file.stamp.changed, partial(_read_one, read, Path(file.path)))
-        for name, file in found.files.items()
-    ]
+    reader = _read_aedat2_alone if about.suffix == ".aedat" else _read_bin_alone
+    recordings = [Recording(file.path, (name,), file.stamp.changed, reader) for name, file in found.files.items()]
     return recordings, found.bad + (found.without_samples(f"{about.suffix} files") if recordings else [])
 
 
-def _read_one(read: Callable[[Path], Events], path: Path) -> list[Events]:
-    return [read(path)]
+def _read_aedat2_alone(path: Path) -> list[Events]:
+    return [read_aedat2(path)]
+
+
+def _read_bin_alone(path: Path) -> list[Events]:
+    return [read_bin(path)]
 
 
 def _find_labelled(folder: Path) -> tuple[list[Recording], list[BadFile]]:
@@ -114,11 +121,11 @@ def _find_labelled(folder: Path) -> tuple[list[Recording], list[BadFile]]:
                 samples.append(f"{part}/{span.label}/{path.stem}_{counts[span.label]}")
                 counts[span.label] += 1
             changed = max(_changed(path), _changed(labels))
-            found.append(Recording(path, tuple(samples), changed, partial(_read_labelled, path, spans)))
+            found.append(Recording(str(path), tuple(samples), changed, _read_labelled, tuple(spans)))
     return found, bad
 
 
-def _read_labelled(path: Path, spans: list[Span]) -> list[Events]:
+def _read_labelled(path: Path, spans: Sequence[Span]) -> list[Events]:
     """The events of each labelled span of a recording of DVS128 Gesture.
 
     Raises:

@@ -33,6 +33,7 @@ from utils.files import read_text, write_text
 from utils.prepare import archives
 from utils.prepare.building import any_file, building_folder, finish, save_arrays
 from utils.prepare.events import extent, read_events
+from utils.prepare.formats import find_any_recordings
 from utils.prepare.frames import Facts, facts_of, read_frames, read_record, resized, write_record
 from utils.prepare.job import Job
 from utils.prepare.recordings import Recording, RecordingError, find_recordings
@@ -52,9 +53,15 @@ _AT_A_TIME = 512  # samples in memory while they are packed
 
 def find(job: Job) -> None:
     """List archives, recordings, events and frames."""
+    if job.about.is_split_by_folder:  # nothing else is needed
+        job.frames = job.read(job.frames_dir)
+        job.bad += job.frames.bad
+        return
     job.archives = archives.find_archives(job.data_dir, job.about.archives)
-    job.recordings, bad = find_recordings(job.recordings_dir, job.about)
+    find_them = find_any_recordings if job.about.is_own else find_recordings
+    job.recordings, bad = find_them(job.recordings_dir, job.about)
     job.events, job.frames = job.read(job.events_dir), job.read(job.frames_dir)
+    job.known = read_record(job.record)
     job.bad += bad + job.events.bad + job.frames.bad
     _check_classes(job)
 
@@ -157,8 +164,9 @@ def convert(job: Job) -> None:
         name: file.stamp.changed for name, file in (job.events if folder == final else job.read(folder)).files.items()
     }
     left = [r for r in job.recordings if any(there.get(name, -1) < r.changed for name in r.samples)]
-    if left:
-        print(f"converting {len(left)} recordings in {job.recordings_dir} ...", flush=True)
+    if not left and folder == final:
+        return
+    print(f"converting {len(left)} recordings in {job.recordings_dir} ...", flush=True)
 
     def make(recording: Recording) -> list[BadFile]:
         try:
@@ -224,18 +232,14 @@ def integrate(job: Job) -> None:
 
 def older_frames(job: Job) -> list[str]:
     """Samples whose frames are older than their events, or made of events that have changed since."""
-    known, old = read_record(_record(job)), []
+    old = []
     for name in job.frames.files.keys() & job.events.files.keys():
         frames, events = job.frames.files[name].stamp, job.events.files[name].stamp
-        stamp, source, _ = known.get(name, (None, _UNKNOWN, None))
+        stamp, source, _ = job.known.get(name, (None, _UNKNOWN, None))
         same = source == events if stamp == frames and source != _UNKNOWN else frames.changed >= events.changed
         if not same:
             old.append(name)
     return sorted(old)
-
-
-def _record(job: Job) -> Path:
-    return job.data_dir / f".checked_T{job.T}_{job.about.sensor[0]}x{job.about.sensor[1]}"
 
 
 def _check_sensor(job: Job, samples: list[str]) -> None:
@@ -269,7 +273,7 @@ def check(job: Job) -> None:
             job.refuse()
             raise UserError(f"{job.frames.path} has no samples; check the contents of {job.data_dir}")
         return
-    known = read_record(_record(job)) if job.change else {}
+    known = job.known if job.change else {}
     sources = {name: events[name].stamp if name in events else _UNKNOWN for name in files}
     job.facts = {name: known[name][2] for name in files if name in known and known[name][0] == files[name].stamp}
     left = [name for name in files if name not in job.facts]
@@ -288,7 +292,7 @@ def check(job: Job) -> None:
             job.facts[name] = found
     record = {name: (files[name].stamp, sources[name], job.facts[name]) for name in files if name in job.facts}
     if record != known and job.writable:
-        write_record(_record(job), record)
+        write_record(job.record, record)
     job.bad += job.frames.without_samples()
     job.counts[f"files of {job.T} frames"] = len(files)
 
