@@ -72,6 +72,7 @@ def main() -> None:
             demo=args.demo,
             frames=args.frames,
             on_bad_sample=args.on_bad_sample,
+            num_classes=args.num_classes,
         )
         train_batches, test_batches = make_loaders(data, args.batch_size, args.num_workers, args.seed, run.process)
         torch.manual_seed(args.seed)  # the same first weights in every process

@@ -50,6 +50,7 @@ _TABLE = [
     _network("--width", "multiplies the channels of all layers", 1.0, parse=above_zero, parser={"metavar": "X"}),
     _network("--sma-blocks", "blocks with SMA", [2, 3], parse=whole(1, 5), parser={"nargs": "*", "metavar": "N"}),
     _network("--branch-activation", "inside SMA", "lif", parser={"choices": ("lif", "relu")}),
+    Setting("num_classes", group="network", stored=True),
     *azo_settings(default=True),
     *branch_settings(),
     _training("-b --batch-size", "samples per process", parse=whole(1), parser={"metavar": "N"}),
