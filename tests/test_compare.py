@@ -99,6 +99,7 @@ def test_runs_of_other_numbers_of_processes_are_no_seeds_of_one_group(tmp_path):
     assert [(group.name, len(group.runs)) for group in groups] == [("global batch 36", 2), ("global batch 9", 1)]
 
 
+@pytest.mark.slow
 def test_five_seeds_on_folders_of_their_own_are_one_group(script, gesture_data, tmp_path, monkeypatch, capsys):
     """Runs as the script writes them, on copies of the data; one was continued in another folder."""
     command = [*SMALL, "--epochs", 2, "--keep-every", 1]

@@ -4,16 +4,6 @@
     python tools/plan.py train_amp.py -net resnet18 -b 256 --gpus 4 --gpu-memory 24 --peak 165
     python tools/plan.py vgg8_dvs128_SMA.py --device cpu -b 1       the way a CPU goes
 
-Give a script and its own flags, and these of the plan:
-
-    --gpu-memory GiB     of a card (default: 24)
-    --gpus N             cards of a machine (default: 4, train_amp.py: 6)
-    --machines M         (default: 1)
-    --peak X             TFLOP/s of a card in this precision (default: 71: fp16 with float32 sums on an RTX 3090)
-    --bandwidth X        GB/s of the exchange between cards of a machine (default: 12)
-    --network X          GB/s between machines (default: 1.25)
-    --neurons NAME       triton or torch (default: triton; CuPy keeps more than either)
-
 Memory is counted on shapes alone: every tensor that a step allocates, in blocks of 512 bytes. Unknown are what CUDA and
 its libraries take (context, workspaces of convolutions) and what the allocator cannot use: a tenth of the card is left
 for that. Times are those of direct convolutions at the peak rate. Real ones are usually longer; a library that
@@ -129,18 +119,24 @@ def largest_batch(peaks: dict[int, int], room: float) -> int:
     return max(0, int(few + (room - low) * (many - few) // max(1, high - low)))
 
 
+def make_parser() -> SentenceParser:
+    """The parser of this tool's own flags; those of the script follow in any order."""
+    parser = SentenceParser(description=__doc__)
+    add = parser.add_argument
+    add("script", type=Path, help="one of the four training scripts; its own flags may follow")
+    add("--gpu-memory", type=above_zero, default=24.0, metavar="GIB", help="of one card (default: 24)")
+    add("--gpus", type=whole(1), metavar="N", help="cards of one machine (default: as published)")
+    add("--machines", type=whole(1), default=1, metavar="N", help="machines (default: 1)")
+    add("--peak", type=above_zero, default=71.0, metavar="TFLOPS", help="peak rate of a card (default: 71)")
+    add("--bandwidth", type=above_zero, default=12.0, metavar="GB", help="per second between cards (default: 12)")
+    add("--network", type=above_zero, default=1.25, metavar="GB", help="per second between machines (default: 1.25)")
+    add("--neurons", choices=("triton", "torch"), default="triton", help="what runs the neurons (default: triton)")
+    return parser
+
+
 def main() -> None:
     """Print the plan."""
-    parser = SentenceParser(description=__doc__)
-    parser.add_argument("script", type=Path, help="one of the four training scripts")
-    parser.add_argument("--gpu-memory", type=above_zero, default=24.0)
-    parser.add_argument("--gpus", type=whole(1))
-    parser.add_argument("--machines", type=whole(1), default=1)
-    parser.add_argument("--peak", type=above_zero, default=71.0)
-    parser.add_argument("--bandwidth", type=above_zero, default=12.0)
-    parser.add_argument("--network", type=above_zero, default=1.25)
-    parser.add_argument("--neurons", choices=("triton", "torch"), default="triton")
-    args, flags = parser.parse_known_args()
+    args, flags = make_parser().parse_known_args()
     cards = args.gpus or (6 if args.script.name == "train_amp.py" else 4)
     processes = cards * args.machines
     task = task_of(args.script, flags, processes)

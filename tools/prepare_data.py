@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +30,7 @@ from utils.args import size, whole  # noqa: E402
 from utils.data.events import EventData, check_event_data, load_event_data  # noqa: E402
 from utils.data.folders import listing  # noqa: E402
 from utils.errors import SentenceParser, StopRequested, UserError, exit_with_sentence  # noqa: E402
+from utils.facts import split_in_words  # noqa: E402
 from utils.files import writing  # noqa: E402
 from utils.prepare.datasets import DATA_SETS, DataSet  # noqa: E402
 from utils.prepare.own import describe_recordings, own_data_set  # noqa: E402
@@ -63,7 +64,7 @@ def prepare(args: argparse.Namespace, about: DataSet) -> None:
 
 def print_table(data: EventData, seconds: float) -> None:
     """Classes, samples and bytes of each part, and the time that it took."""
-    print(f"{data.title}, split: {data.split}")
+    print(f"{data.title}, split: {split_in_words(asdict(data.info))}")
     print(f"{'part':8}{'classes':>9}{'samples':>9}{'bytes of .npz':>16}{'bytes packed':>15}")
     for part, frames in (("train", data.train), ("test", data.test)):
         npz = sum(path.stat().st_size for path, _ in frames.files)

@@ -107,11 +107,6 @@ class EventData:
     left_out: tuple[BadFile, ...] = ()
 
     @property
-    def split(self) -> str:
-        """The split in words."""
-        return str(self.info)
-
-    @property
     def fingerprint(self) -> str:
         """Of the split: of the names of the samples."""
         return self.info.fingerprint
