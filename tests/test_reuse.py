@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import hubconf
@@ -161,6 +163,25 @@ def test_best_epochs_are_told_apart_and_released_files_have_no_accuracy(checkpoi
     assert tool("weights", released, "--output", tmp_path / "c.safetensors", "--evaluation", evaluation)[0] == 0
     content = read_exported(tmp_path / "c.safetensors")
     assert (content["accuracy"]["correct"], content["epoch"], content["selection"]) == (3, None, "unknown")
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["final", "best"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["acc1", "epoch", "data"]), inner),
+    max_leaves=3,
+)
+METADATA = ["recipe", "epoch", "epochs", "steps", "seed", "selection", "accuracy", "facts", "best", "processes"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(metadata=st.dictionaries(st.sampled_from(METADATA), ANY, max_size=5))
+def test_any_metadata_are_shown_or_a_sentence(metadata, tmp_path, tool):
+    for path in tmp_path.iterdir():
+        path.unlink()
+    write_exported(small(width=0.0625, sma_blocks=[]).state_dict(), metadata, tmp_path / "a.safetensors")
+    for command in (["show"], ["weights", "--output", tmp_path / "b.safetensors"]):
+        code, out, err = tool(command[0], tmp_path / "a.safetensors", *command[1:])
+        assert (code == 0 and out) or (code == 2 and len(err.splitlines()) == 1)
 
 
 def test_an_exported_file_evaluates_to_the_same_counts(tmp_path, gesture_data, script, tool):

@@ -35,13 +35,15 @@ from models.neurons import reset_net
 from utils.analysis.figures import draw_curves, save
 from utils.analysis.model_card import model_card
 from utils.analysis.runs import read_metrics
-from utils.args import size
+from utils.args import size, stored_settings
 from utils.checked import write_checked
 from utils.checkpoint import put_weights, read_weights
 from utils.errors import SentenceParser, UserError, exit_with_sentence, user_input
+from utils.event_args import TABLE as EVENT_TABLE
 from utils.exported import checksum_file, sha256_of, write_exported
 from utils.facts import training_facts, training_in_words
 from utils.files import Fields, read_json, replacing, write_text, writing
+from utils.image_args import TABLE as IMAGE_TABLE
 from utils.networks import build_network, describe_network
 from utils.versions import versions
 
@@ -123,7 +125,8 @@ def export_program(args: argparse.Namespace) -> None:
     weights, known = read_weights(args.file)
     net = build_network(weights, known)
     put_weights(net, weights, args.file)
-    height_width = args.size or _input_size(args.file, known.get("recipe", {}))
+    table = EVENT_TABLE if isinstance(net, VGG8) else IMAGE_TABLE
+    height_width = args.size or _input_size(args.file, stored_settings(table, known, args.file))
     _check_new(args.output)
     example, batch_axis = _example(net, height_width, batch=2)
     with torch.no_grad(), warnings.catch_warnings(), user_input():
@@ -185,7 +188,7 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
 
 def _accuracy_in_words(facts: Mapping[str, Any]) -> str:
     accuracy = facts.get("accuracy")
-    if not accuracy:
+    if not accuracy or not isinstance(accuracy.get("acc1"), int | float):
         return "no accuracy known (give it by --evaluation evaluation.json)"
     counts = f" ({accuracy['correct']} of {accuracy['count']})" if {"correct", "count"} <= accuracy.keys() else ""
     return f"acc1 {accuracy['acc1']:.2f} %{counts}, epoch {training_in_words(facts)['epoch']}"

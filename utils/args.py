@@ -34,6 +34,7 @@ __all__ = [
     "not_negative",
     "plain",
     "size",
+    "stored_settings",
     "whole",
     "words",
 ]
@@ -170,27 +171,41 @@ class Settings:
             return {}
         weights, known = read_weights(given["weights"])
         network = settings_of_weights(weights, self.family)
-        recipe = known["recipe"] if isinstance(known.get("recipe"), Mapping) else {}
-        found = {}
         for one in self.table:
-            if not one.stored:
-                continue
-            if one.name in network and one.name in given and given[one.name] != network[one.name]:
+            if one.stored and one.name in network and one.name in given and given[one.name] != network[one.name]:
                 raise UserError(
                     f"{one.flag} {words(given[one.name])} does not fit weights file {given['weights']}, which "
                     f"was trained with {words(network[one.name])}; leave the argument out"
                 )
-            if recipe.get(one.name) is not None and one.flags.startswith("-"):
-                try:
-                    found[one.name] = one.check(recipe[one.name])
-                except (ValueError, argparse.ArgumentTypeError) as error:
-                    raise UserError(
-                        f"weights file {given['weights']} holds a recipe that this program did not write "
-                        f"({one.name}: {error}); use its weights alone"
-                    ) from error
+        found = stored_settings(self.table, known, given["weights"])
         if "data_dir" in given:
             found.pop("demo", None)
         return {**found, **network}
+
+
+def stored_settings(table: Sequence[Setting], known: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What the recipe in a weights file says of data and network, each value as the command line would take it.
+
+    Args:
+        table: of the script that wrote it.
+        known: as :func:`utils.checkpoint.read_weights` gives it.
+        path: of the file, for the message.
+
+    Raises:
+        UserError: a value is none that the command line would take.
+    """
+    recipe = known["recipe"] if isinstance(known.get("recipe"), Mapping) else {}
+    found = {}
+    for one in table:
+        if one.stored and one.flags.startswith("-") and recipe.get(one.name) is not None:
+            try:
+                found[one.name] = one.check(recipe[one.name])
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                raise UserError(
+                    f"weights file {path} holds a recipe that this program did not write ({one.name}: {error}); use "
+                    "its weights alone"
+                ) from error
+    return found
 
 
 # Flags of earlier versions: what to do now.

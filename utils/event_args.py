@@ -24,14 +24,14 @@ from utils.args import (
 )
 from utils.errors import UserError
 
-__all__ = ["event_settings", "parse_event_args"]
+__all__ = ["TABLE", "event_settings", "parse_event_args"]
 
 _switch = {"action": argparse.BooleanOptionalAction}
 _data = partial(Setting, group="data")
 _network = partial(Setting, group="network", depends="evaluation", stored=True)
 _training = partial(Setting, group="training", depends="training")
 
-_TABLE = [
+TABLE = [
     _data("--demo", "train on the built-in demo data: small settings, no download", False, shown="",
           parser={"action": "store_true"}, depends="evaluation", stored=True),
     _data("--data-dir", "folder of the data set", parse=Path, parser={"metavar": "DIR"}, shown="data/<data set>"),
@@ -68,7 +68,7 @@ _TABLE = [
 
 def event_settings(recipe: Mapping[str, Any], demo: Mapping[str, Any]) -> Settings:
     """The settings of an event script."""
-    return Settings(_TABLE, recipe, demo, "vgg8", {"amp": "fp16", "decay": recipe["epochs"], "processes": 4})
+    return Settings(TABLE, recipe, demo, "vgg8", {"amp": "fp16", "decay": recipe["epochs"], "processes": 4})
 
 
 def parse_event_args(

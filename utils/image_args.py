@@ -27,14 +27,14 @@ from utils.data.images import DECODERS
 from utils.errors import UserError
 from utils.networks import RESNETS
 
-__all__ = ["batch_of_process", "image_settings", "parse_image_args"]
+__all__ = ["TABLE", "batch_of_process", "image_settings", "parse_image_args"]
 
 _switch = {"action": argparse.BooleanOptionalAction}
 _data = partial(Setting, group="data")
 _network = partial(Setting, group="network", depends="evaluation", stored=True)
 _training = partial(Setting, group="training", depends="training")
 
-_TABLE = [
+TABLE = [
     _data("--demo", "train on built-in pictures: small settings, no download", False, shown="",
           parser={"action": "store_true"}, depends="evaluation", stored=True),
     _data("--data-dir", "holds train/ and test/ or val/", parse=Path, parser={"metavar": "DIR"},
@@ -73,7 +73,7 @@ _TABLE = [
 
 def image_settings(recipe: Mapping[str, Any], demo: Mapping[str, Any]) -> Settings:
     """The settings of train_amp.py. No depth is a deviation: the published script has all three."""
-    return Settings(_TABLE, recipe, demo, "ms_resnet", {"amp": "fp16"})
+    return Settings(TABLE, recipe, demo, "ms_resnet", {"amp": "fp16"})
 
 
 def parse_image_args(

@@ -61,7 +61,7 @@ def describe_network(weights: Mapping[str, Tensor], known: Mapping[str, Any]) ->
     """
     found = settings_of_weights(weights)
     recipe = known.get("recipe")
-    if "timesteps" not in found and isinstance(recipe, Mapping) and "timesteps" in recipe:
+    if "timesteps" not in found and isinstance(recipe, Mapping) and type(recipe.get("timesteps")) is int:
         found["timesteps"] = recipe["timesteps"]
     name = f"sma_ms_{found.pop('net')}" if "net" in found else "VGG8"
     return name, {"T" if key == "timesteps" else key: value for key, value in found.items()}

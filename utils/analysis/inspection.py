@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models import VGG8
 from models.neurons import select_backend
-from utils.args import size, whole, words
+from utils.args import size, stored_settings, whole, words
 from utils.checkpoint import put_weights, read_weights
 from utils.data.demo_images import write_demo_images
 from utils.data.events import EventData, EventFrames, load_event_data
@@ -22,7 +22,9 @@ from utils.data.loaders import make_loaders
 from utils.distributed import Process
 from utils.engine import time_first
 from utils.errors import UserError
+from utils.event_args import TABLE as EVENT_TABLE
 from utils.facts import split_in_words, training_facts, training_in_words
+from utils.image_args import TABLE as IMAGE_TABLE
 from utils.networks import TITLES, build_network, describe_network
 from utils.prepare.datasets import DATA_SETS
 
@@ -98,10 +100,10 @@ def load_inspected(args: argparse.Namespace, process: Process) -> Inspected:
     weights, known = read_weights(args.weights)
     net: Any = build_network(weights, known, **({"T": args.timesteps} if "timesteps" in args else {}))
     put_weights(net, weights, args.weights)
-    recipe = known["recipe"] if isinstance(known.get("recipe"), Mapping) else {}
+    recipe = stored_settings(EVENT_TABLE if isinstance(net, VGG8) else IMAGE_TABLE, known, args.weights)
     facts = known["facts"] if isinstance(known.get("facts"), Mapping) else {}
     find, prepare = (_event_data, time_first) if isinstance(net, VGG8) else (_image_data, normalized())
-    data = find(args, net, recipe, facts.get("data", {}))
+    data = find(args, net, recipe, facts["data"] if isinstance(facts.get("data"), Mapping) else {})
     if len(data.classes) != net.num_classes:
         raise UserError(
             f"weights file {args.weights} is of {net.num_classes} classes and the data have {len(data.classes)}; give "
@@ -130,25 +132,29 @@ def load_inspected(args: argparse.Namespace, process: Process) -> Inspected:
 
 def _event_data(args: argparse.Namespace, net: Any, recipe: Mapping[str, Any], data: Mapping[str, Any]) -> EventData:
     about = {**_EVENT_DEFAULTS, **recipe, **vars(args)}
-    data_set = about.get("data_set") or data.get("name") or _data_set_of(args.weights, net.num_classes)
+    demo = about["demo"] and "data_dir" not in args
+    data_set = about.get("data_set") or data.get("name")
+    if data_set not in list(DATA_SETS):
+        data_set = _data_set_of(args.weights, net.num_classes)
     return load_event_data(
         data_set,
-        _data_dir(args, about["demo"], data),
+        _data_dir(args, demo, data),
         net.T,
         split=about["split"],
         split_seed=about.get("split_seed", DATA_SETS[data_set].split_seed),  # released files have none
         sensor_size=about["sensor_size"],
         frame_size=about["frame_size"],
-        demo=about["demo"],
-        on_bad_sample=about.get("on_bad_sample", data.get("on_bad_sample", "stop")),
+        demo=demo,
+        on_bad_sample=about.get("on_bad_sample", "skip" if data.get("on_bad_sample") == "skip" else "stop"),
     )
 
 
 def _image_data(args: argparse.Namespace, _net: Any, recipe: Mapping[str, Any], data: Mapping[str, Any]) -> ImageData:
     about = {**_IMAGE_DEFAULTS, **recipe, **vars(args)}
+    demo = about["demo"] and "data_dir" not in args
     crop = args.image_size if "image_size" in args else about["test_crop"] or about["image_size"]
-    data_dir = _data_dir(args, about["demo"], data)
-    return load_image_data(write_demo_images(data_dir) if about["demo"] else data_dir, crop, for_training=False)
+    data_dir = _data_dir(args, demo, data)
+    return load_image_data(write_demo_images(data_dir) if demo else data_dir, crop, for_training=False)
 
 
 def _data_set_of(weights: Path, num_classes: int) -> str:
@@ -168,6 +174,6 @@ def _data_dir(args: argparse.Namespace, demo: bool, data: Mapping[str, Any]) -> 
         return args.data_dir
     if demo:
         return args.weights.parent / "demo_data"
-    if "folder" not in data:
+    if not isinstance(data.get("folder"), str):
         raise UserError(f"the data of weights file {args.weights} are unknown; give --data-dir DIR, or --demo")
     return Path(data["folder"])
