@@ -24,7 +24,8 @@ def sma_vgg8_dvs128(weights: str | os.PathLike | None = None, **keywords: typing
     """SMA-VGG8 of DVS128 Gesture, ``[T, B, 2, H, W]`` to ``[T, B, K]``.
 
     Args:
-        weights: a released, own or exported file. T, classes, width and SMA blocks are read from it.
+        weights: a released, own or exported file, or a folder of ``tools/export.py hub``. T,
+            classes, width and SMA blocks are read from it.
         keywords: of the function of this name in ``models``.
     """
     return _make("sma_vgg8_dvs128", weights, keywords)
@@ -60,6 +61,8 @@ def _make(name: str, weights: str | os.PathLike | None, keywords: dict[str, typi
     if weights is None:
         return factory(**keywords)
     path = os.fspath(weights)
+    if os.path.isdir(path):
+        path = os.path.join(path, "model.safetensors")
     stored, known = _checkpoint.read_weights(path)
     network, inferred = _networks.describe_network(stored, known)
     if network == name or (network == "VGG8" and name.startswith("sma_vgg8")):

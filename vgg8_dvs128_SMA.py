@@ -39,7 +39,7 @@ RECIPE = {
 }
 # What --demo changes: small enough to learn in two minutes on two CPU cores.
 DEMO = {"timesteps": 4, "width": 0.25, "frame_size": [32, 32], "num_workers": 0}
-DEMO |= {"batch_size": 8, "epochs": 24, "lr": 2e-3}
+DEMO |= {"batch_size": 8, "epochs": 30, "lr": 3e-3}
 SETTINGS = event_settings(RECIPE, DEMO)
 
 

@@ -1,6 +1,7 @@
 """SMA, AZO and the networks built on them."""
 
 from models import neurons  # before models.sma: it imports SpikingJelly without the warning of torch.jit
+from models.hub import load
 from models.ms_resnet import (
     MSResNet,
     ms_resnet18,
@@ -19,6 +20,7 @@ __all__ = [
     "VGG8",
     "MSResNet",
     "attention_zoneout",
+    "load",
     "ms_resnet18",
     "ms_resnet34",
     "ms_resnet104",

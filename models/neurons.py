@@ -1,7 +1,7 @@
 """How the LIF neurons of the networks are made and which kernels run them.
 
 The only file that knows the difference between the two generations of SpikingJelly: 0.0.0.0.14, whose neurons choose
-between a PyTorch and a CuPy backend, and 2.x, which has no CuPy code and picks its own kernels.
+between a PyTorch and a CuPy backend, and 2.x, which has no CuPy code. Both can use the Triton kernels of this project.
 """
 
 from __future__ import annotations
@@ -289,7 +289,7 @@ def _as_module(cls: type) -> type:
 
 
 class Backend(NamedTuple):
-    """What runs the neurons: ``"torch"``, ``"triton"`` or ``"cupy"``, and why it is not another one (may be empty)."""
+    """What runs the neurons: ``"torch"``, ``"triton"`` or ``"cupy"``; and why, or where (may be empty)."""
 
     name: str
     reason: str = ""
@@ -316,7 +316,8 @@ def select_backend(net: nn.Module, wanted: str, device: torch.device) -> Backend
     for name in candidates:
         problem = _problem(name, device)
         if problem is None:
-            return Backend(_set_backend(net, name), "; ".join(problems))
+            reason = "in training; PyTorch in evaluation" if name == "cupy" else "; ".join(problems)
+            return Backend(_set_backend(net, name), reason)
         problems.append(f"no {_TITLES[name]}: {problem}")
     if wanted in candidates:
         raise BackendError(f"--backend {wanted} cannot be used: {problem}; use --backend auto or torch")

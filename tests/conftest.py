@@ -50,6 +50,14 @@ def rows(output):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
+def same_weights(a, b):
+    """Whether two files hold the same weights, to the last bit."""
+    from utils.checkpoint import read_weights  # see parse
+
+    a, b = read_weights(a)[0], read_weights(b)[0]
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 @pytest.fixture(scope="session")
 def gesture_data(tmp_path_factory):
     """A data set in the layout of DVS128 Gesture: 11 classes, 22 training and 11 test samples."""
@@ -111,6 +119,13 @@ def script(monkeypatch, capsys):
         return code, captured.out, captured.err
 
     return run
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that start real processes are slow."""
+    for item in items:
+        if "launch" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

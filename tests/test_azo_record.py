@@ -1,12 +1,14 @@
 """What AZO replaced is counted exactly, and lies in the run directory epoch by epoch, through stops and resumes."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from models import VGG8
 from models.neurons import reset_net
-from tests.conftest import SMALL
+from tests.conftest import SMALL, same_weights
 from utils.analysis.azo_record import AZORecord, read_azo_record
 from utils.errors import UserError
 
@@ -75,24 +77,29 @@ def test_the_counts_of_an_unfinished_epoch_go_on_from_their_state(tmp_path):
     assert all((one[name] == other[name]).all() for name in one)
 
 
-def test_a_run_writes_one_file_an_epoch_and_a_resumed_one_none_twice(script, gesture_data, tmp_path):
-    common = [*SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path, "--epochs", 2, "--keep-every", 1]
-    assert script("dvs128", *common)[0] == 0
-    files = {path.name: path.read_bytes() for path in (tmp_path / "azo").iterdir()}
-    assert sorted(files) == ["epoch_0001.npz", "epoch_0002.npz"]
-    _, _, shares = read_azo_record(tmp_path)
+def test_a_run_writes_one_file_an_epoch_where_it_is_asked_to(script, gesture_data, tmp_path):
+    common = [*SMALL, "--data-dir", gesture_data, "--epochs", 2, "--keep-every", 1]
+    whole, without, later = (tmp_path / name for name in ("whole", "without", "later"))
+    assert script("dvs128", *common, "--record-azo", "--output-dir", whole)[0] == 0
+    assert sorted(path.name for path in (whole / "azo").iterdir()) == ["epoch_0001.npz", "epoch_0002.npz"]
+    _, _, shares = read_azo_record(whole)
     # In the first epoch and the second: RTR 4 of T 4 is one step, RCR 10 of 16 channels is one.
     assert (shares["block2.1"].sum((2, 3)) <= 1 + 1e-9).all() and shares["block2.1"].any()
 
-    code, _, err = script("dvs128", *common, "--resume", tmp_path / "epoch_0001.pt")
-    assert code == 0, err
-    _, _, again = read_azo_record(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "azo").iterdir()) == sorted(files)
-    assert all((again[name] == shares[name]).all() for name in shares)
+    assert script("dvs128", *common, "--output-dir", without)[0] == 0
+    assert not (without / "azo").exists()
+    assert same_weights(whole / "last.pt", without / "last.pt")
+    for source in (whole, without):  # continued, and begun in the middle of a run
+        command = [*common, "--record-azo", "--resume", source / "epoch_0001.pt", "--output-dir", later]
+        code, _, err = script("dvs128", *command)
+        assert code == 0, err
+        epochs, _, again = read_azo_record(later)
+        assert epochs == [2] and all((again[name][0] == shares[name][1]).all() for name in shares)
+        shutil.rmtree(later)
 
 
 def test_a_missing_or_damaged_record_is_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="train with --AZO"):
+    with pytest.raises(UserError, match="train with --AZO --record-azo"):
         read_azo_record(tmp_path)
     (tmp_path / "azo").mkdir()
     (tmp_path / "azo/epoch_0001.npz").write_bytes(b"PK cut off")

@@ -6,7 +6,7 @@ from torch import nn
 
 from models import SMA
 from models.neurons import multi_dimensional_attention, temporal_wise_attention
-from tools.benchmark_model import FORMS, LOWER_BOUND, Setting, alternate, make_form, steps_of
+from tools.benchmark_model import FORMS, LAYERS_ALONE, Setting, alternate, make_form, steps_of
 
 SMALL = Setting("cpu", 2, (32, 32), 1, "off", False)
 
@@ -17,7 +17,7 @@ def test_every_form_of_a_network_trains_and_evaluates():
         steps, _, flops[form] = steps_of("dvs128", form, Setting(**{**vars(SMALL), "T": 4}))
         for step in steps.values():
             step()
-    assert flops["SMA"] == flops[LOWER_BOUND] > 9 * flops["no attention"]
+    assert flops["SMA"] == flops[LAYERS_ALONE] > 9 * flops["no attention"]
     assert flops["SMA, depthwise"] < 1.1 * flops["no attention"]
 
 

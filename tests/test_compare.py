@@ -3,22 +3,31 @@
 import csv
 import json
 import math
+import shutil
 
 import pytest
 
+from tests.conftest import SMALL, rows
 from tests.test_operations import run_tool
 from tools import compare
 
 
-def write_run(path, seed, accuracies, count=200, epochs=None, data="DVS128 Gesture", **settings):
+def write_run(
+    path, seed, accuracies, count=200, epochs=None, data="DVS128 Gesture", contents="a", batch=36, **settings
+):
     """The files of a finished run."""
     path.mkdir(parents=True)
     lines = ["epoch,train_loss,train_acc1,test_loss,test_acc1,lr,seconds"]
     lines += [f"{n},1,50,1,{accuracy},0.1,2" for n, accuracy in enumerate(accuracies, 1)]
     (path / "metrics.csv").write_text("\n".join(lines) + "\n")
     args = {"seed": seed, "epochs": epochs or len(accuracies), "AZO": True, "output_dir": str(path), **settings}
-    (path / "args.json").write_text(json.dumps({"args": args, "data": data, "split": "own"}))
-    (path / "evaluation.json").write_text(json.dumps({"acc1": accuracies[-1], "count": count}))
+    facts = {
+        "data": {"name": "dvs128", "title": data, "folder": str(path)}, "batch": {"global": batch},
+        "split": {"rule": "own", "fingerprint": "01234567", "contents": contents},
+    }  # fmt: skip
+    (path / "args.json").write_text(json.dumps({"args": args, **facts}))
+    evaluation = {"acc1": accuracies[-1], "count": count, "selection": "final", **facts}
+    (path / "evaluation.json").write_text(json.dumps(evaluation))
     return path
 
 
@@ -63,7 +72,8 @@ def test_a_small_difference_of_one_seed_each_says_nothing(tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"data": "CIFAR10-DVS"}, "differ in data (CIFAR10-DVS / DVS128 Gesture)"),
+        ({"data": "CIFAR10-DVS", "contents": "b"}, "differ in data (CIFAR10-DVS / DVS128 Gesture)"),
+        ({"contents": "b"}, "differ in data (a / b)"),
         ({"count": 100}, "differ in test samples (100 / 200)"),
         ({"seed": 1, "accuracies": [80]}, "same settings and seed 1"),
         ({"epochs": 9}, "is not finished: 1 of 9 epochs"),
@@ -84,12 +94,38 @@ def test_unlike_runs_are_compared_only_with_a_warning_in_the_table(tmp_path, mon
 
 
 def test_runs_of_other_numbers_of_processes_are_no_seeds_of_one_group(tmp_path):
-    runs = [write_run(tmp_path / f"{n}", n, [90], batch_size=9) for n in range(3)]
-    for path, batch in zip(runs, (36, 36, 9), strict=True):
-        described = json.loads((path / "args.json").read_text())
-        (path / "args.json").write_text(json.dumps({**described, "batch": f"9 per process, {batch} global"}))
+    runs = [write_run(tmp_path / f"{n}", n, [90], batch_size=9, batch=batch) for n, batch in enumerate((36, 36, 9))]
     groups = compare.group_runs([compare.read_run(path) for path in runs])
     assert [(group.name, len(group.runs)) for group in groups] == [("global batch 36", 2), ("global batch 9", 1)]
+
+
+@pytest.mark.slow
+def test_five_seeds_on_folders_of_their_own_are_one_group(script, gesture_data, tmp_path, monkeypatch, capsys):
+    """Runs as the script writes them, on copies of the data; one was continued in another folder."""
+    command = [*SMALL, "--epochs", 2, "--keep-every", 1]
+    runs = []
+    for seed in range(5):
+        data, output = tmp_path / f"data{seed}", tmp_path / f"run{seed}"
+        shutil.copytree(gesture_data / "events_np", data / "events_np")
+        code, _, err = script("dvs128", *command, "--data-dir", data, "--seed", seed, "--output-dir", output)
+        assert code == 0, err
+        runs.append(output)
+    more = ["--data-dir", data, "--seed", seed, "--resume", runs[-1] / "epoch_0001.pt"]
+    assert script("dvs128", *command, *more, "--output-dir", tmp_path / "continued")[0] == 0
+    assert rows(tmp_path / "continued") == rows(runs.pop())
+    runs.append(tmp_path / "continued")
+    # An evaluation next to the weights, of other data, is none of the run's results.
+    before = [(run / "evaluation.json").read_bytes() for run in runs]
+    arguments = ["--evaluate", "--weights", runs[0] / "last.pt", "--data-dir", gesture_data, "--device", "cpu"]
+    assert script("dvs128", *arguments)[0] == 0 and script("dvs128", *arguments, "--output-dir", runs[0])[0] == 0
+    assert (runs[0] / "evaluation_of_last.json").exists()
+    assert [(run / "evaluation.json").read_bytes() for run in runs] == before
+
+    code, out, err = run_tool(monkeypatch, capsys, compare.main, *runs, "--csv")
+    assert code == 0, err
+    with (tmp_path / "compare.csv").open(newline="") as file:
+        (group,) = csv.DictReader(file)
+    assert (group["n"], group["seeds"], group["test_samples"]) == ("5", "0 1 2 3 4", "11") and "| all runs | 5 |" in out
 
 
 def test_a_table_that_cannot_be_written_is_a_sentence(five, tmp_path, monkeypatch, capsys):

@@ -4,8 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from models import SMA_L
 from models.fast import transforms
 from models.fast.convolution import applies, branch_convolutions
+from tests.direct import as_direct
+from tests.test_fused_sma import a_pass, assert_equal, make
+from tests.test_fused_sma import inputs as sma_inputs
 
 # One tile and several, odd sizes, other heights than widths, maps smaller than the kernels.
 SIZES = [(8, 8), (17, 9), (40, 33), (5, 50), (2, 2), (1, 7)]
@@ -133,6 +137,16 @@ def test_what_evaluations_hold_has_a_limit_and_is_given_back(monkeypatch):
     assert held() == (before + 2, before)
     monkeypatch.setattr(transforms, "MOST_HELD", 0)
     assert held() == (before, before)
+
+
+@pytest.mark.parametrize(
+    "keywords", [{"AZO": True}, {"activation": "relu"}, {"recompute": True}, {"cls": SMA_L}], ids=str
+)
+def test_sma_is_the_direct_form(keywords, monkeypatch):
+    monkeypatch.setenv("SMA_CONVOLUTIONS", "shared")
+    ours = make(**keywords)
+    x, weights = sma_inputs(19, 7, 2)
+    assert_equal(a_pass(ours, x, weights), a_pass(as_direct(make(**keywords)), x, weights), 1e-10)
 
 
 def test_what_is_too_small_or_not_computed_here_goes_to_direct_convolutions(monkeypatch):

@@ -174,6 +174,7 @@ def store(request):
 LOST = "error: another process of the run ended, or did not answer for 4 s"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_mistake_that_one_process_meets_ends_all_and_carries_its_rank(rank, store, run_of_two):
     codes, text = run_of_two(lambda: (store(), append_in(str(rank), "--data-dir", "nowhere")))
@@ -190,6 +191,7 @@ def test_a_mistake_that_all_processes_meet_is_printed_once(mistake, store, run_o
     assert "rank" not in text and "Traceback" not in text, text
 
 
+@pytest.mark.slow
 def test_a_mistake_of_one_process_before_all_are_joined_ends_the_others(store, run_of_two):
     codes, text = run_of_two(lambda: (store(), append_in("1", "--weights", "nothing.pth")))
     assert codes == [3, 2], text

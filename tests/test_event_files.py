@@ -14,11 +14,12 @@ from hypothesis.extra import numpy as arrays
 
 from tests.conftest import write_events
 from utils.data.events import check_event_data, load_event_data
-from utils.data.folders import BadFile, listing
+from utils.data.folders import BadFile, Stamp, listing
 from utils.data.splits import changes
 from utils.errors import UserError
 from utils.prepare.datasets import DATA_SETS
 from utils.prepare.events import read_events
+from utils.prepare.frames import Facts, read_record, write_record
 from utils.prepare.recordings import RecordingError
 
 SENSOR = (128, 128)
@@ -286,6 +287,20 @@ def test_a_recording_that_was_replaced_is_converted_again(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "converting 1 recordings" in out and "making 3 frames of 1 samples" in out
     assert set(read_events(tmp_path / "events_np/ant/3.npz")["x"].tolist()) == {5}
+
+
+@settings(max_examples=100, deadline=2000)
+@given(st.integers(0, 2**20), st.text(max_size=40))
+def test_a_damaged_record_is_read_as_far_as_it_goes(position, foreign):
+    stamp, facts = Stamp(10, 2**60), Facts("0" * 16, "f" * 16, 3, 100, 120)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "record"
+        write_record(path, {f"ant/image {n}": (stamp, stamp, facts) for n in range(5)})
+        assert len(read_record(path)) == 5
+        text = path.read_text()
+        position %= len(text)
+        path.write_text(text[:position] + foreign + text[position + len(foreign) :])
+        assert all(isinstance(known, Facts) for _, _, known in read_record(path).values())
 
 
 @pytest.mark.parametrize("kind", ["reversed frames", "one count", "swapped classes"])

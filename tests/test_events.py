@@ -68,8 +68,8 @@ def test_the_split_depends_on_the_seed_and_not_on_the_order_of_the_directory(fol
             shutil.copy(path, tmp_path / "events_np" / name)
     again = load_event_data("ncaltech101", tmp_path, 4, split_seed=1)
     assert [p.name for p, _ in again.test.files] == [p.name for p, _ in first.test.files]
-    assert again.split == first.split
-    others = {load_event_data("ncaltech101", folder_data, 4, split_seed=seed).split for seed in range(2, 6)}
+    assert again.info == first.info
+    others = {load_event_data("ncaltech101", folder_data, 4, split_seed=seed).info.fingerprint for seed in range(2, 6)}
     assert len(others) == 4
 
 
@@ -118,6 +118,7 @@ def count_samples(root, results):
     results.put((len(data.train), len(data.test)))
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_all_see_every_sample(gesture_data, tmp_path):
     shutil.copytree(gesture_data / "events_np", tmp_path / "events_np")
     context = multiprocessing.get_context("spawn")
@@ -386,7 +387,7 @@ def test_a_packed_file_of_changed_frames_is_made_again(folder_data, tmp_path):
     frames = np.load(path)["frames"][::-1]  # the same events in another order: the same split, other frames
     np.savez(path, frames=frames)
     again = load_event_data("ncaltech101", tmp_path, 4)
-    assert again.train.store.path == first.train.store.path and again.split == first.split
+    assert again.train.store.path == first.train.store.path and again.fingerprint == first.fingerprint
     assert np.array_equal(again.train[3][0].numpy(), frames)
 
 

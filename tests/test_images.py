@@ -395,6 +395,7 @@ def _write(folder, results):
     results.put(str(write_demo_images(folder)))
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_whole_demo_set(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

@@ -198,6 +198,7 @@ def undisturbed(tmp_path_factory):
     return content(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "data_set"), [(caltech, "ncaltech101"), (gesture, "dvs128")])
 def test_killed_at_twenty_moments_it_ends_with_the_same_bytes(make, data_set, tmp_path):
     root = make(tmp_path / "undisturbed")

@@ -45,11 +45,12 @@ def difference(actual, expected):
 
 
 @pytest.mark.parametrize("name", ["sma_spiking", "sma_spiking_azo", "sma_relu_azo", "sma_l_azo"])
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "equations"])
-def test_sma_matches_the_reference(name, fast):
+@pytest.mark.parametrize("form", ["fast", "shared convolutions", "equations"])
+def test_sma_matches_the_reference(name, form, monkeypatch):
     description, expected = load(name)
+    monkeypatch.setenv("SMA_CONVOLUTIONS", "shared" if form == "shared convolutions" else "direct")
     cls = SMA_L if name.startswith("sma_l") else SMA
-    net = cls(**description["kwargs"], **({"activation": "relu"} if "relu" in name else {}), fast=fast)
+    net = cls(**description["kwargs"], **({"activation": "relu"} if "relu" in name else {}), fast=form != "equations")
     fill_network(net, description["state_dict"])
     x = torch.from_numpy(eval(description["input"], {"images": fill.images})).requires_grad_()
 

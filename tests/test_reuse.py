@@ -83,6 +83,9 @@ def small(**changes):
     return VGG8(**{"T": 4, "num_classes": 11, "width": 0.125, **changes}).eval()
 
 
+FACTS = {"data": {"title": "D"}, "split": {"fingerprint": "S"}}
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """A run's folder as far as an export needs it: one epoch of one, 3 of 4 correct."""
@@ -91,7 +94,7 @@ def checkpoint(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     torch.save({"model": small().state_dict(), "epoch": 1, "best": best, "recipe": recipe}, run / "last.pt")
-    evaluation = {"acc1": 75.0, "correct": 3, "count": 4, "loss": 0.5, "epoch": "final", "data": "D", "split": "S"}
+    evaluation = {"acc1": 75.0, "correct": 3, "count": 4, "loss": 0.5, "epoch": 1, "selection": "final", **FACTS}
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     return run / "last.pt"
 
@@ -124,19 +127,20 @@ def test_weights_go_to_safetensors_and_back_bit_equal_and_metadata_survive(check
 
     assert tool("back", exported, "--output", back)[0] == 0
     for path in (exported, back):
-        weights, beside = read_weights(path)
+        weights, known = read_weights(path)
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
-        assert beside["recipe"] == {"timesteps": 4, "frame_size": [32, 32], "epochs": 1} and beside["epoch"] == 1
-        told = {"acc1": 75.0, "correct": 3, "count": 4, "loss": 0.5, "of": "the final epoch"}
-        assert beside["accuracy"] == told and beside["data"] == "D" and beside["split"] == "S"
-        assert beside["network"] == {"name": "VGG8", "T": 4, "num_classes": 11, "width": 0.125, "sma_blocks": [2, 3],
+        assert known["recipe"] == {"timesteps": 4, "frame_size": [32, 32], "epochs": 1} and known["epoch"] == 1
+        accuracy = {"acc1": 75.0, "correct": 3, "count": 4, "loss": 0.5}
+        assert known["accuracy"] == accuracy and known["facts"] == FACTS
+        assert (known["epochs"], known["selection"]) == (1, "final and best")
+        assert known["network"] == {"name": "VGG8", "T": 4, "num_classes": 11, "width": 0.125, "sma_blocks": [2, 3],
                                      "branch_activation": "lif", "branch_groups": 1}  # fmt: skip
         net = small(num_classes=11)
         torch.nn.init.zeros_(net.others[8].weight)
         load_weights(net, path)
         assert torch.equal(net.others[8].weight, expected["others.8.weight"])
     code, out, _ = tool("show", back)
-    assert code == 0 and json.loads(out)["accuracy"] == told
+    assert code == 0 and json.loads(out)["accuracy"] == accuracy
 
 
 def test_best_epochs_are_told_apart_and_released_files_have_no_accuracy(checkpoint, tmp_path, tool):
@@ -144,8 +148,8 @@ def test_best_epochs_are_told_apart_and_released_files_have_no_accuracy(checkpoi
     state["recipe"]["epochs"] = 5  # the epoch of the file is not the final one, and it was the best
     torch.save(state, checkpoint)
     assert tool("weights", checkpoint, "--output", tmp_path / "a.safetensors")[0] == 0
-    accuracy = read_exported(tmp_path / "a.safetensors")["accuracy"]
-    assert accuracy == {"acc1": 75.0, "of": "the best test epoch, 1 (selected on the test set)"}
+    content = read_exported(tmp_path / "a.safetensors")
+    assert (content["accuracy"], content["epoch"], content["selection"]) == ({"acc1": 75.0}, 1, "best")
 
     released = tmp_path / "released.pth"
     torch.save({"module." + name: value for name, value in state["model"].items()}, released)
@@ -155,8 +159,8 @@ def test_best_epochs_are_told_apart_and_released_files_have_no_accuracy(checkpoi
     assert "accuracy" not in content and "block1.0.0.weight" in content["model"]
     evaluation = checkpoint.with_name("evaluation.json")
     assert tool("weights", released, "--output", tmp_path / "c.safetensors", "--evaluation", evaluation)[0] == 0
-    accuracy = read_exported(tmp_path / "c.safetensors")["accuracy"]
-    assert accuracy["correct"] == 3 and accuracy["of"] == "an evaluation of these weights"
+    content = read_exported(tmp_path / "c.safetensors")
+    assert (content["accuracy"]["correct"], content["epoch"], content["selection"]) == (3, None, "unknown")
 
 
 def test_an_exported_file_evaluates_to_the_same_counts(tmp_path, gesture_data, script, tool):
@@ -192,9 +196,9 @@ def test_a_file_with_a_wrong_checksum_is_refused_by_name(damage, tmp_path, tool)
 def test_a_file_without_checksum_is_read_and_damage_still_found(tmp_path):
     path = tmp_path / "hub.safetensors"
     save_file({"w": torch.arange(8.0)}, path, {"note": "plain text of another program", "epoch": "3"})
-    weights, beside = read_weights(path)
+    weights, known = read_weights(path)
     assert torch.equal(weights["w"], torch.arange(8.0))
-    assert beside == {"note": "plain text of another program", "epoch": 3}
+    assert known == {"note": "plain text of another program", "epoch": 3}
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(UserError, match=r"hub\.safetensors is damaged"):
         read_weights(path)
@@ -228,14 +232,18 @@ def test_a_full_disk_ends_the_export_of_a_program_in_a_sentence(checkpoint, tmp_
     assert not (tmp_path / "a.pt2").exists()
 
 
-def test_an_evaluation_is_that_of_the_weights_however_their_path_is_written(checkpoint, tmp_path, tool, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    evaluation = checkpoint.with_name("evaluation.json")
-    told = {**json.loads(evaluation.read_text()), "acc1": 25.0, "weights": "run/../run/last.pt"}
-    evaluation.write_text(json.dumps(told))
-    assert tool("weights", checkpoint, "--output", "a.safetensors")[0] == 0
-    accuracy = read_exported(tmp_path / "a.safetensors")["accuracy"]
-    assert (accuracy["acc1"], accuracy["of"]) == (25.0, "an evaluation of these weights")
+def test_an_evaluation_is_that_of_the_weights_by_their_checksum(checkpoint, tmp_path, tool):
+    evaluation = {"acc1": 25.0, "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "weights": "anywhere"}
+    file = checkpoint.with_name("evaluation_of_last.json")
+    file.write_text(json.dumps(evaluation))
+    assert tool("weights", checkpoint, "--output", tmp_path / "a.safetensors")[0] == 0
+    assert read_exported(tmp_path / "a.safetensors")["accuracy"] == {"acc1": 25.0}
+    # The run went on: that evaluation is of weights that are gone.
+    torch.save({**torch.load(checkpoint, weights_only=True), "more": 1}, checkpoint)
+    assert tool("weights", checkpoint, "--output", tmp_path / "b.safetensors")[0] == 0
+    assert read_exported(tmp_path / "b.safetensors")["accuracy"]["acc1"] == 75.0  # of the final epoch
+    code, _, err = tool("weights", checkpoint, "--output", tmp_path / "c.safetensors", "--evaluation", file)
+    assert code == 2 and f"--evaluation {file} is of other weights (anywhere); give that of {checkpoint}" in err
 
 
 def test_an_existing_file_is_not_written_over(checkpoint, tmp_path, tool):
@@ -272,7 +280,7 @@ def test_a_program_needs_a_size_and_weights_of_this_project(tmp_path, tool):
     assert not (tmp_path / "w.pt2").exists()
 
 
-def test_torch_hub_has_the_six_networks_and_builds_what_the_file_tells(tmp_path):
+def test_torch_hub_has_the_six_networks_and_builds_that_of_the_file(tmp_path):
     factories = {name for name in models.__all__ if name.startswith("sma_")}
     listed = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
     assert listed == factories and len(factories) == 6  # as torch.hub.list sees it
@@ -289,7 +297,7 @@ def test_torch_hub_has_the_six_networks_and_builds_what_the_file_tells(tmp_path)
 
 
 @pytest.mark.parametrize("blocks", ["none", "first-two"])
-def test_a_network_is_told_by_its_weights(blocks):
+def test_a_network_is_inferred_from_its_weights(blocks):
     net = models.sma_ms_resnet34(T=2, num_classes=5, width=0.125, sma_blocks=blocks)
     name, keywords = describe_network(net.state_dict(), {"recipe": {"timesteps": 2}})
     again = getattr(models, name)(**keywords)

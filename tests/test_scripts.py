@@ -1,6 +1,5 @@
 """The event scripts as a user runs them: every promised file and flag, mistakes, processes, interruption."""
 
-import csv
 import json
 import re
 import shutil
@@ -14,20 +13,10 @@ import pytest
 import torch
 
 from models import sma_vgg8_cifar10dvs, sma_vgg8_dvs128, sma_vgg8_ncaltech101
-from tests.conftest import ROOT, SCRIPTS, SMALL, write_events
-from utils.checkpoint import load_weights, read_weights
+from tests.conftest import ROOT, SCRIPTS, SMALL, rows, same_weights, write_events
+from utils.checkpoint import load_weights
 
 OTHER = {"dvs128": [], "cifar10dvs": ["--RCR", "4"], "ncaltech101": ["--RCR", "4"]}
-
-
-def rows(output):
-    with (output / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def same_weights(a, b):
-    a, b = read_weights(a)[0], read_weights(b)[0]
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +45,8 @@ def test_a_run_writes_everything_that_is_promised_and_its_weights_evaluate(
     assert "processes 1 instead of 4" in out
 
     assert [row["epoch"] for row in rows(output)] == ["1", "2"]
-    assert list(rows(output)[0]) == ["epoch", "train_loss", "train_acc1", "test_loss", "test_acc1", "lr", "seconds"]
+    columns = "epoch,train_loss,train_acc1,test_loss,test_acc1,lr,seconds"
+    assert (output / "metrics.csv").read_text().splitlines()[0] == columns
     assert json.loads((output / "args.json").read_text())["args"]["timesteps"] == 4
     assert list(output.glob("events.out.tfevents.*"))
     evaluation = json.loads((output / "evaluation.json").read_text())
@@ -66,16 +56,70 @@ def test_a_run_writes_everything_that_is_promised_and_its_weights_evaluate(
     for file in ("last.pt", "best.pt"):
         assert all(key.startswith(("block", "others")) for key in torch.load(output / file, weights_only=True)["model"])
 
-    # No other flag than the data: T, width, classes, blocks and the frame size are told from the file.
+    # No other flag than the data: T, width, classes, blocks and the frame size are known from the file.
     again = tmp_path / "evaluated"
     arguments = ["--evaluate", "--weights", output / "last.pt", "--data-dir", data, "--output-dir", again]
-    code, _, err = script(name, *arguments, "--device", "cpu", "--batch-size", 3)
+    code, out, err = script(name, *arguments, "--device", "cpu", "--batch-size", 3)
     assert code == 0, err
+    assert re.search(r"^AZO: +training only$", out, re.MULTILINE) and "AZO with" not in out
+    assert re.search(r"^epoch: +2 of 2, the final one", out, re.MULTILINE)
     repeated = json.loads((again / "evaluation.json").read_text())
     assert (repeated["correct"], repeated["count"]) == (evaluation["correct"], evaluation["count"])
     assert repeated["loss"] == pytest.approx(evaluation["loss"], rel=1e-6)
-    assert repeated["split"] == evaluation["split"]
+    assert repeated["split"] == evaluation["split"] and repeated["data"] == evaluation["data"]
+    assert repeated["AZO"] is True and (repeated["epoch"], repeated["seed"]) == (2, evaluation["seed"])
     assert not (again / "last.pt").exists()
+
+
+def test_facts_are_values(script, gesture_data, tmp_path):
+    command = [*SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path, "--epochs", 1, "--seed", 7]
+    assert script("dvs128", *command)[0] == 0
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    described = json.loads((tmp_path / "args.json").read_text())
+    best = {"acc1": evaluation["acc1"], "epoch": 1}
+    assert [evaluation[key] for key in ("epoch", "selection", "seed", "best")] == [1, "final", 7, best]
+    for facts in (evaluation, described, torch.load(tmp_path / "last.pt", weights_only=True)["facts"]):
+        assert facts["data"]["name"] == "dvs128" and facts["data"]["size"] == [32, 32]
+        assert facts["batch"] == {"per_process": 4, "processes": 1, "global": 4, "micro_batches": 1}
+        assert (facts["split"]["rule"], facts["split"]["train"], facts["split"]["test"]) == ("own", 22, 11)
+        assert re.fullmatch("[0-9a-f]{8}", facts["split"]["fingerprint"])
+        network = facts["network"]
+        assert (network["timesteps"], network["width"], network["sma_blocks"], network["AZO"]) == (
+            4,
+            0.125,
+            [2, 3],
+            True,
+        )
+        assert network["parameters"] == sum(p.numel() for p in sma_vgg8_dvs128(T=4, width=0.125).parameters())
+        assert facts["neurons"]["name"] == "torch" and "torch" in facts["versions"]
+
+
+def test_an_evaluation_never_replaces_that_of_a_training(script, gesture_data, tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    command = [*SMALL, "--data-dir", gesture_data, "--output-dir", run, "--epochs", 1]
+    assert script("dvs128", *command)[0] == 0
+    before = (run / "evaluation.json").read_bytes()
+    arguments = ["--evaluate", "--weights", run / "best.pt", "--data-dir", gesture_data, "--device", "cpu", "-b", 4]
+    for more, path in (
+        ([], run / "evaluation_of_best.json"),  # next to the weights
+        (["--output-dir", run], run / "evaluation_of_best.json"),
+        (["--output-dir", elsewhere], elsewhere / "evaluation.json"),
+    ):
+        path.unlink(missing_ok=True)
+        code, out, err = script("dvs128", *arguments, *more)
+        assert code == 0 and f"written to {path}" in out, err
+        assert json.loads(path.read_text())["weights"] == str(run / "best.pt")
+        assert (run / "evaluation.json").read_bytes() == before
+    assert [path.name for path in elsewhere.iterdir()] == ["evaluation.json"]
+
+
+def test_released_weights_are_evaluated_without_a_word_on_what_is_unknown(script, gesture_data, tmp_path):
+    torch.save(sma_vgg8_dvs128(T=4, width=0.125).state_dict(), tmp_path / "w.pth")
+    arguments = ["--evaluate", "--weights", tmp_path / "w.pth", "--data-dir", gesture_data, "--frame-size", 32]
+    code, out, err = script("dvs128", *arguments, "--device", "cpu")
+    assert code == 0 and "AZO" not in out and re.search("^epoch: +unknown, perhaps selected", out, re.MULTILINE), err
+    found = json.loads((tmp_path / "evaluation_of_w.json").read_text())
+    assert [found[key] for key in ("AZO", "epoch", "seed", "selection")] == [None, None, None, "unknown"]
 
 
 def test_t_of_a_network_without_sma_is_told_by_the_run_s_file(script, gesture_data, tmp_path):
@@ -179,7 +223,7 @@ def test_training_can_start_from_weights(script, gesture_data, tmp_path):
         (["--eval-amp", "fp16"], "--eval-amp fp16 needs a GPU"),
         (["--demo"], "--demo makes its own data; leave out either --demo or --data-dir"),
         (["--evaluate"], "--evaluate needs --weights FILE"),
-        (["--resume", "nothing.pt"], "file nothing.pt does not exist"),
+        (["--resume", "nothing.pt"], "--resume: nothing.pt does not exist; give auto, never or a checkpoint of a run"),
         (["--weights", "page.pth"], "file page.pth is a web page, not weights"),
         (["--weights", "cut.pth"], "file cut.pth is damaged or is no weights file"),
         (["--weights", "T5.pth"], "--timesteps 4 does not fit weights file T5.pth, which was trained with 5"),
@@ -233,12 +277,13 @@ def test_a_full_disk_is_one_sentence(script, gesture_data, tmp_path, monkeypatch
 
 def test_a_damaged_frame_file_is_named_by_a_loader_process(script, gesture_data, tmp_path):
     assert script("dvs128", *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path / "a", "--epochs", 1)[0] == 0
-    for part in ("frames_number_4_split_by_number", "packed_T4_128x128"):
+    for part in ("frames_number_4_split_by_number", "packed_T4_128x128_to_32x32"):
         shutil.copytree(gesture_data / part, tmp_path / "d" / part)
     arguments = ["--data-dir", tmp_path / "d", "--output-dir", tmp_path / "b", "--epochs", 1, "--num-workers", 2]
-    (packed,) = (tmp_path / "d").glob("packed_*/*_train.frames")
+    (packed,) = (tmp_path / "d").glob("packed_*/*_train.b2nd")
     content = bytearray(packed.read_bytes())
-    content[-3] ^= 1  # in the last sample
+    behind_samples = int.from_bytes(content[-40:-32], "little") + 40
+    content[-behind_samples - 3] ^= 1  # in the last sample
     packed.write_bytes(content)
     code, _, err = script("dvs128", *SMALL, *arguments)
     lines = [line for line in err.splitlines() if line]

@@ -49,7 +49,7 @@ def same_state(a, b):
 @pytest.fixture(scope="module")
 def whole(gesture_data, tmp_path_factory):
     """An uninterrupted run of two epochs of five steps: its folder, and the command that makes such runs."""
-    command = [SCRIPTS["dvs128"], *SMALL, "--data-dir", gesture_data, "--epochs", 2]
+    command = [SCRIPTS["dvs128"], *SMALL, "--data-dir", gesture_data, "--epochs", 2, "--record-azo"]
     folder = tmp_path_factory.mktemp("whole")
     done = run([*command, "--output-dir", folder])
     assert done.returncode == 0, done.stderr
@@ -68,6 +68,7 @@ def run(command, before=(), **environment):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "at", "number", "position"),
     [
@@ -107,6 +108,7 @@ def whole_of_two(gesture_data, tmp_path_factory):
     return folder, command
 
 
+@pytest.mark.slow
 def test_two_processes_stop_at_the_same_step_and_continue_to_the_bit(whole_of_two, tmp_path):
     whole, command = whole_of_two
     command = [*command, "--output-dir", tmp_path]
@@ -127,6 +129,7 @@ def test_two_processes_stop_at_the_same_step_and_continue_to_the_bit(whole_of_tw
     assert rows(tmp_path) == rows(whole)
 
 
+@pytest.mark.slow
 def test_a_launcher_that_starts_the_processes_anew_ends_with_the_same_run(whole_of_two, tmp_path):
     whole, command = whole_of_two
     sender = tmp_path / "sender.py"  # the second process is killed in the second epoch, at the first start
@@ -140,6 +143,7 @@ def test_a_launcher_that_starts_the_processes_anew_ends_with_the_same_run(whole_
     assert rows(tmp_path) == rows(whole)
 
 
+@pytest.mark.slow
 def test_a_real_sigterm_to_a_run_and_its_loader_processes_ends_it_within_seconds(gesture_data, tmp_path):
     command = [SCRIPTS["dvs128"], *SMALL, "--data-dir", gesture_data, "--epochs", 500, "--output-dir", tmp_path]
     process = subprocess.Popen(

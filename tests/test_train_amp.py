@@ -1,7 +1,6 @@
 """train_amp.py as a user runs it: files, flags, data folders, bad images, processes, mistakes."""
 
 import argparse
-import csv
 import json
 import re
 import shutil
@@ -12,11 +11,12 @@ import torch
 from PIL import Image
 
 from models import ms_resnet18, sma_ms_resnet18, sma_ms_resnet34
-from tests.conftest import SCRIPTS
-from train_amp import DEMO, RECIPE
-from utils.checkpoint import describe_ms_resnet, load_weights, read_weights
+from tests.conftest import SCRIPTS, parse, rows, same_weights
+from train_amp import SETTINGS
+from utils.checkpoint import load_weights
 from utils.errors import UserError
-from utils.image_args import batch_of_process, deviations, parse_image_args
+from utils.image_args import batch_of_process
+from utils.networks import settings_of_weights
 
 # The smallest network and input that the script takes.
 SMALL = [
@@ -46,16 +46,6 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images"))
 
 
-def rows(output):
-    with (output / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-
-
-def same_weights(a, b):
-    a, b = read_weights(a)[0], read_weights(b)[0]
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def test_a_run_writes_everything_that_is_promised_and_its_weights_evaluate(script, images, tmp_path):
     output = tmp_path / "run"
     command = ["-net", "resnet18", "-lr", 0.05, "--data-dir", images, "--output-dir", output, "--epochs", 2, "--AZO"]
@@ -63,9 +53,11 @@ def test_a_run_writes_everything_that_is_promised_and_its_weights_evaluate(scrip
     assert code == 0, err
     header = ("data:", "samples:", "input:", "network:", "neurons:", "precision:", "batch:", "versions:", "deviations:")
     assert all(any(line.startswith(fact) for line in out.splitlines()) for fact in header)
-    assert "(not the whole ImageNet-1K)" in out and "18 training, 9 test" in out
+    assert "(not all of ImageNet-1K)" in out and "18 training, 9 test" in out
     assert "batch_size 6 instead of 256" in out and "lr 0.05 instead of 0.1" in out and "AZO on instead of off" in out
-    assert re.search(r"epoch 2/2 .*\(\d/9\) top-5 100\.00 %", out)  # three classes: always among the first five
+    assert re.search(
+        r"^epoch 2/2  train .* test \d+\.\d\d % top5 100\.00 % loss", out, re.MULTILINE
+    )  # three classes: always among the first five
 
     with (output / "metrics.csv").open() as file:
         assert file.readline().strip() == "epoch,train_loss,train_acc1,test_loss,test_acc1,lr,seconds"
@@ -83,7 +75,10 @@ def test_a_run_writes_everything_that_is_promised_and_its_weights_evaluate(scrip
     arguments = ["--evaluate", "--weights", output / "last.pt", "--data-dir", images, "--output-dir", again]
     code, out, err = script("imagenet", *arguments, "--device", "cpu", "--batch-size", 4)
     assert code == 0, err
-    assert "crops of 32 (test 32)" in out
+    assert "T = 2, 32x32 pixels" in out
+    assert re.search(r"^AZO: +training only$", out, re.MULTILINE) and re.search(
+        r"^epoch: +2 of 2, the final", out, re.M
+    )
     repeated = json.loads((again / "evaluation.json").read_text())
     assert [repeated[k] for k in ("correct", "correct5", "count")] == [
         evaluation[k] for k in ("correct", "correct5", "count")
@@ -99,7 +94,7 @@ def test_a_run_without_sma_evaluates_without_further_flags(script, images, tmp_p
     arguments = ["--evaluate", "--weights", tmp_path / "a/last.pt", "--data-dir", images, "--device", "cpu", "-b", 9]
     code, out, err = script("imagenet", *arguments, "--output-dir", tmp_path / "b")
     assert code == 0, err
-    assert "T = 2" in out and "SMA in none blocks" in out
+    assert "T = 2" in out and "SMA in blocks none" in out
     repeated = json.loads((tmp_path / "b/evaluation.json").read_text())
     assert repeated["correct"] == reported["correct"]
     assert repeated["loss"] == pytest.approx(reported["loss"], rel=1e-6)
@@ -112,15 +107,15 @@ def test_a_run_without_sma_evaluates_without_further_flags(script, images, tmp_p
         (sma_ms_resnet34, "resnet34", {"none": "none", "first-two": "first-two", "all": "all"}),
     ],
 )
-def test_the_network_is_told_from_its_weights(factory, net, places):
-    for given, told in places.items():
+def test_the_network_is_inferred_from_its_weights(factory, net, places):
+    for given, found in places.items():
         weights = factory(T=4, width=0.125, num_classes=7, sma_blocks=given).state_dict()
         expected = {"num_classes": 7, "width": 0.125, "net": net}
-        expected |= {"sma_blocks": told} if told else {}  # in ResNet-18 first-two and all are the same network
+        expected |= {"sma_blocks": found} if found else {}  # in ResNet-18 first-two and all are the same network
         expected |= {"timesteps": 4, "branch_groups": 1} if given != "none" else {}
-        assert describe_ms_resnet(weights) == expected
+        assert settings_of_weights(weights) == settings_of_weights(weights, "ms_resnet") == expected
     depthwise = factory(T=4, width=0.125, branch_groups="channel").state_dict()
-    assert describe_ms_resnet(depthwise)["branch_groups"] == "channel"
+    assert settings_of_weights(depthwise)["branch_groups"] == "channel"
 
 
 def test_evaluation_needs_no_training_images(script, images, tmp_path):
@@ -137,15 +132,15 @@ def test_evaluation_needs_no_training_images(script, images, tmp_path):
 
 
 def test_every_option_at_once_trains_and_continues_bit_exactly(launch, images, tmp_path):
-    """EMA, Mixup, accumulation, warm-up, channels-last, AZO: stopped after two epochs of four, then continued."""
-    options = ["--ema", 0.5, "--mixup", "--accumulate", 2, "--warm-up", 1, "--channels-last", "--AZO", "-b", 12]
+    """EMA, Mixup, micro-batches, warm-up, channels-last, AZO: stopped after two epochs of four, then continued."""
+    options = ["--ema", 0.5, "--mixup", "--micro-batches", 2, "--warm-up", 1, "--channels-last", "--AZO", "-b", 12]
     command = [SCRIPTS["imagenet"], *SMALL, "--data-dir", images, *options, "--epochs", 4]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     done = launch([*command, "--output-dir", whole])
     assert done.returncode == 0, done.stderr
-    assert "12 per process, in 2 parts of 6" in done.stdout
+    assert "12 per process, 12 global, in 2 parts" in done.stdout
     assert "options:     mixup, channels last, EMA 0.5" in done.stdout
-    assert [float(row["lr"]) for row in rows(whole)][:2] == [0.05, 0.1]
+    assert [float(row["lr"]) for row in rows(whole)] == pytest.approx([0.05, 0.075, 0.025, 0])
 
     stop_after_two = (
         "import sys, runpy; from utils.checkpoint import Checkpoints as C; save = C.save\n"
@@ -161,6 +156,11 @@ def test_every_option_at_once_trains_and_continues_bit_exactly(launch, images, t
     assert all(torch.equal(states[0]["trained"][k], v) for k, v in states[1]["trained"].items())
     assert not torch.equal(states[0]["trained"]["fc.weight"], states[0]["model"]["fc.weight"])  # the average is another
     assert rows(stopped) == rows(whole)
+
+
+def test_a_batch_of_more_images_than_there_are_is_a_smaller_one_as_published(script, images, tmp_path):
+    code, out, err = script("imagenet", *SMALL, "--data-dir", images, "-b", 19, "-N", 1, "--output-dir", tmp_path)
+    assert code == 0 and "19 per process, 19 global" in out and len(rows(tmp_path)) == 1, err
 
 
 def test_the_averaged_weights_are_those_that_are_reported(script, images, tmp_path):
@@ -251,16 +251,15 @@ def test_an_unreadable_test_image_always_stops(script, images, tmp_path):
         (["--data-dir", "missing"], f"class {CLASSES[0]} of missing/train is not in missing/val"),
         (["--data-dir", "extra"], "class n99999999 of extra/val is not in extra/train"),
         (["--data-dir", "both"], "--data-dir both has class folders in both test/ and val/"),
-        (["-b", "0"], "argument -b/--batch-size: '0' must be a whole number of at least 1"),
+        (["-b", "0"], "argument -b/--batch-size: '0' must be a whole number from 1 to 1000000"),
         (
-            ["-b", "19"],
-            "--batch-size: a step takes 19 training samples (19 for each of 1 process(es)) and there are 18",
+            ["--micro-batches", "4"],
+            "--batch-size 6 cannot be shared out evenly to 1 process(es) in 4 parts; use 4 or 8",
         ),
-        (["--accumulate", "4"], "--batch-size 6 cannot be shared out evenly to 1 process(es) in 4 parts; use 4 or 8"),
-        (["--accumulate", "7"], "use at least 7"),
-        (["-lr", "nan"], "argument -lr/--lr/--learning-rate: 'nan' must be a finite number above 0"),
-        (["--image-size", "16"], "argument --image-size: '16' must be a whole number of at least 32"),
-        (["--ema", "1.5"], "--ema 1.5 must be 0 (off) or a decay below 1"),
+        (["--micro-batches", "7"], "use at least 7"),
+        (["-lr", "nan"], "argument -lr/--lr/--learning-rate: 'nan' must be a number above 0 and at most 1e+06"),
+        (["--image-size", "16"], "argument --image-size: '16' must be a whole number from 32 to 4096"),
+        (["--ema", "1.5"], "argument --ema: '1.5' must be a number of at least 0 and below 1"),
         (["--warm-up", "200"], "--warm-up 200 must be less than the 200 epochs"),
         (["-gpu"], "-gpu asks for a GPU and --device cpu for none"),
         (["--amp", "fp16"], "--amp fp16 needs a GPU"),
@@ -306,22 +305,22 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, sentence, script, 
 
 
 def test_the_published_spellings_are_kept(images, monkeypatch):
-    args = parse_image_args("", RECIPE, DEMO, ["-net", "resnet18", "-b", "384", "-lr", "0.1", "--local-rank=3"])
+    args = parse("imagenet", "-net", "resnet18", "-b", 384, "-lr", 0.1, "--local-rank=3")
     assert (args.net, args.batch_size, args.lr, args.local_rank) == ("resnet18", 384, 0.1, 3)
     assert (args.timesteps, args.epochs, args.weight_decay, args.label_smoothing, args.seed) == (6, 200, 1e-4, 0.1, 445)
     assert (args.AZO, args.RCR, args.RTR, args.sma_blocks, args.mixup) == (False, 4, 2, "first-two", False)
-    assert (args.image_size, args.test_crop) == (224, 224)
-    assert set(deviations(args, RECIPE)) <= {"batch_size", "amp"}  # fp16 where there is a GPU
+    assert (args.image_size, args.test_crop) == (224, None)
+    assert set(SETTINGS.deviations(args)) <= {"batch_size", "amp"}  # fp16 where there is a GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert parse_image_args("", RECIPE, DEMO, ["-gpu"]).device == "cuda"
+    assert parse("imagenet", "-gpu").device == "cuda"
 
 
 def test_the_global_batch_is_shared_out_evenly_in_training_only():
     def args(**changes):
-        return argparse.Namespace(**{"batch_size": 384, "accumulate": 1, "evaluate": False, **changes})
+        return argparse.Namespace(**{"batch_size": 384, "micro_batches": 1, "evaluate": False, **changes})
 
     assert batch_of_process(args(), 6) == 64
-    assert batch_of_process(args(accumulate=4), 6) == 64
+    assert batch_of_process(args(micro_batches=4), 6) == 64
     assert batch_of_process(args(batch_size=256, evaluate=True), 6) == 42
     assert batch_of_process(args(batch_size=2, evaluate=True), 6) == 1
     with pytest.raises(
@@ -352,9 +351,9 @@ def test_one_and_two_processes_evaluate_to_the_same_counts(launch, images, tmp_p
 def test_the_published_command_trains_one_run_in_two_processes(launch, images, tmp_path):
     launcher = ["-m", "torch.distributed.launch", "--master_port=29518", "--nproc_per_node=2"]
     command = [*launcher, SCRIPTS["imagenet"], "-net", "resnet18", *SMALL, "-lr", 0.1, "--data-dir", images]
-    done = launch([*command, "--output-dir", tmp_path, "--epochs", 1, "--accumulate", 3])
+    done = launch([*command, "--output-dir", tmp_path, "--epochs", 1, "--micro-batches", 3])
     assert done.returncode == 0, done.stderr
-    assert "2 on CPU" in done.stdout and "6 global, 3 per process, in 3 parts of 1" in done.stdout
+    assert "2 on CPU" in done.stdout and "3 per process, 6 global, in 3 parts" in done.stdout
     assert done.stdout.count("epoch 1/1") == 1 and len(rows(tmp_path)) == 1
     assert json.loads((tmp_path / "evaluation.json").read_text())["count"] == 9
 

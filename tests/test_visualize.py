@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from docs.figures import draw_sma
 from models import VGG8
 from tests.conftest import write_events
 from tests.test_operations import lively, run_tool
-from tools import draw_sma, visualize
+from tools import visualize
 from utils.data.splits import RULES
 from utils.errors import UserError
 
@@ -55,7 +56,8 @@ def test_spikes_and_attention_of_a_weights_file_go_into_its_run(run_dir, gesture
     assert "block5.2" in out and size_of(run_dir / "figures/spikes_3.png")[0] <= 1400  # class "10" sorts before "2"
     code, _, err = run_tool(monkeypatch, capsys, visualize.main, "attention", *common, "-b", 4)
     assert code == 0, err
-    assert [path.name for path in (run_dir / "figures").glob("attention*")] == ["attention_block2.1.png"]
+    names = {path.name for path in (run_dir / "figures").glob("attention*")}
+    assert names == {f"attention_block2.1.{suffix}" for suffix in ("png", "pdf", "svg")}
 
 
 def test_one_sample_as_strip_gif_and_frames(gesture_data, tmp_path, monkeypatch, capsys):
@@ -63,7 +65,7 @@ def test_one_sample_as_strip_gif_and_frames(gesture_data, tmp_path, monkeypatch,
     code, _, err = run_tool(monkeypatch, capsys, visualize.main, *arguments)
     assert code == 0, err
     names = {path.name for path in (tmp_path / "0/user24_0").iterdir()}
-    assert names == {"strip.png", "frames.gif", *(f"user24_0_{t}.png" for t in range(4))}
+    assert names == {"strip.png", "strip.pdf", "strip.svg", "frames.gif", *(f"user24_0_{t}.png" for t in range(4))}
     assert size_of(tmp_path / "0/user24_0/user24_0_3.png") == (256, 256)
 
 
@@ -120,7 +122,7 @@ def test_a_figure_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch, ca
     [
         (["frames"], "either --data-dir DIR or --demo"),
         (["azo", "nowhere"], "has no record of AZO"),
-        (["curves", "nowhere"], "cannot be read as the metrics of a run"),
+        (["curves", "nowhere"], "file nowhere/metrics.csv does not exist; give the --output-dir of a run"),
         (["spikes", "--weights", "nowhere.pt"], "nowhere.pt does not exist"),
         (["wrong"], "invalid choice"),
     ],

@@ -134,8 +134,9 @@ def make_parser() -> argparse.ArgumentParser:
     model = commands.add_parser("model", help=benchmark_model.__doc__)
     scaling = commands.add_parser("scaling", help=benchmark_scaling.__doc__)
     model.add_argument(
-        "--forms", nargs="+", choices=FORMS, metavar="FORM", help=f"beside SMA, of {', '.join(FORMS)}; default: all"
+        "--forms", nargs="+", choices=FORMS, metavar="FORM", help=f"next to SMA, of {', '.join(FORMS)}; default: all"
     )
+    model.add_argument("--threads", type=whole(1), metavar="N", help="of a CPU; default: as torch has it")
     for command, size in ((model, None), (scaling, 64)):
         command.add_argument("-net", "--net", nargs="+", choices=SUBJECTS, default=["dvs128"], help="default: dvs128")
         command.add_argument("-b", "--batch-size", type=whole(0), metavar="N",
@@ -167,11 +168,15 @@ def main() -> None:
         "images": benchmark_images,
         "data": benchmark_data,
     }
-    rows = benchmarks[args.command](args)
     on_gpu = torch.cuda.is_available() and (getattr(args, "device", "cpu") or "cuda").startswith("cuda")
     made = {"machine": machine(torch.device("cuda" if on_gpu else "cpu")), **versions()}
     print(", ".join(f"{name} {value}" for name, value in made.items()))
-    print(_table(rows))
+    sys.stdout.flush()
+    rows: list[dict[str, Any]] = []
+    found = benchmarks[args.command](args)
+    for some in [found] if isinstance(found, list) else found:  # each table as it comes
+        rows += some
+        print(f"{_table(some)}\n", flush=True)
     if args.json is not None:
         write_text(args.json, json.dumps({**made, "rows": rows}, indent=2) + "\n")
 

@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from utils.errors import UserError, user_input
 __all__ = ["FORMS", "SUBJECTS", "benchmark_model", "benchmark_scaling"]
 
 MOST_SAMPLES = 4096
-LOWER_BOUND = "convolutions and linear layers alone"
+LAYERS_ALONE = "direct convolutions and linear layers alone"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ SUBJECTS = {
 FORMS = (
     "SMA",
     "SMA, direct",
-    LOWER_BOUND,
+    LAYERS_ALONE,
     "SMA, depthwise",
     "no attention",
     "temporal-wise attention",
@@ -81,11 +83,11 @@ FORMS = (
 def make_form(name: str, form: str, T: int) -> nn.Module | None:
     """A subject in one form, with the same first weights in all; None where there is no such form.
 
-    The attention modules are SpikingJelly's, in the places of SMA. The lower bound has the layers of ``"SMA"``.
+    The attention modules are SpikingJelly's, in the places of SMA. The layers alone are those of ``"SMA"``.
     """
     torch.manual_seed(0)
     subject = SUBJECTS[name]
-    if form in ("SMA", LOWER_BOUND):
+    if form in ("SMA", LAYERS_ALONE):
         return subject.factory(T=T)
     if form == "SMA, direct":
         return equations_only(subject.factory(T=T))
@@ -132,7 +134,7 @@ class Setting:
         return torch.autocast(torch.device(self.device).type, dtype=dtype, enabled=dtype is not None)
 
 
-Step = Callable[[], None]
+Step = Callable[[], Any]
 
 
 def steps_of(name: str, form: str, setting: Setting) -> tuple[dict[str, Step], str, int] | None:
@@ -149,7 +151,7 @@ def steps_of(name: str, form: str, setting: Setting) -> tuple[dict[str, Step], s
         to_channels_last(net)
     x = setting.input(name)
     flops = _flops(net, x, setting)
-    if form == LOWER_BOUND:
+    if form == LAYERS_ALONE:
         return _layers_alone(net, x, setting), "", flops
     x.requires_grad_(name == "block")
     scaler = torch.amp.GradScaler(device.type, enabled=setting.amp == "fp16")
@@ -164,7 +166,7 @@ def steps_of(name: str, form: str, setting: Setting) -> tuple[dict[str, Step], s
 
     def evaluation() -> None:
         net.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), setting.autocast():
             net(x)
         reset_net(net)
 
@@ -193,25 +195,25 @@ def _layers_alone(net: nn.Module, x: Tensor, setting: Setting) -> dict[str, Step
             torch.autograd.grad(y, wanted, gradient)
 
     def evaluation() -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), setting.autocast():
             for m, given in calls:
                 m(given)
 
     return {"training": training, "evaluation": evaluation}
 
 
-def benchmark_model(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Training step and evaluation of networks in several forms: time, peak memory, share of the lower bound."""
+def benchmark_model(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Training step and evaluation of networks in several forms: time and peak memory, in ratios; a table for each."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.batch_size == 0 and device.type != "cuda":
         raise UserError("-b 0 looks for the largest batch that fits on a GPU, and the device is a CPU; give a number")
     forms = [form for form in FORMS if args.forms is None or form in {"SMA", *args.forms}]
     matrix_peak = _matrix_peak(args.amp, device) if device.type == "cuda" else None
-    rows = []
     for name in args.net:
         with user_input():
-            rows += _measure(name, forms, _setting(name, args, device), args.runs, matrix_peak)
-    return rows
+            yield from _measure(name, forms, _setting(name, args, device), args.runs, matrix_peak)
 
 
 def _setting(name: str, args: argparse.Namespace, device: torch.device) -> Setting:
@@ -225,14 +227,14 @@ def _setting(name: str, args: argparse.Namespace, device: torch.device) -> Setti
 
 def _measure(
     name: str, forms: list[str], setting: Setting, runs: int, matrix_peak: float | None
-) -> list[dict[str, Any]]:
-    found = {form: steps_of(name, form, setting) for form in forms}
-    found = {form: steps for form, steps in found.items() if steps is not None}
+) -> Iterator[list[dict[str, Any]]]:
+    found = {form: steps for form in forms if (steps := _steps_that_fit(name, form, setting)) is not None}
     device = torch.device(setting.device)
-    rows = []
     for kind in ("training", "evaluation"):
         steps = {form: both[kind] for form, (both, _, _) in found.items()}
-        seconds = alternate({form: lambda s=step: seconds_of(s, device) for form, step in steps.items()}, runs)
+        tasks = {form: partial(seconds_of, step, device) for form, step in steps.items()}
+        seconds = alternate(tasks, runs, warm_up=3 if device.type == "cuda" else 1)
+        rows = []
         medians = {form: statistics.median(values) for form, values in seconds.items()}
         for form, step in steps.items():
             flops = found[form][2] * (3 if kind == "training" else 1)
@@ -245,27 +247,41 @@ def _measure(
                     "seconds": medians[form],
                     "from": min(seconds[form]),
                     "to": max(seconds[form]),
-                    "x lower bound": _ratio(medians, form, LOWER_BOUND) if form in ("SMA", "SMA, direct") else None,
+                    "x layers alone": _ratio(medians, form, LAYERS_ALONE) if form in ("SMA", "SMA, direct") else None,
                     "x direct": _ratio(medians, form, "SMA, direct") if form == "SMA" else None,
                     "x no attention": _ratio(medians, form, "no attention"),
                     "peak GiB": None
-                    if form == LOWER_BOUND or kind == "evaluation"
+                    if form == LAYERS_ALONE or kind == "evaluation"
                     else _peak_memory(name, form, kind, setting, step),
                     "TFLOP/s": rate,
                     **({"share of matrix peak": rate / matrix_peak} if matrix_peak and kind == "training" else {}),
                     "neurons": found[form][1],
                 }
             )
-    return rows
+        yield rows
+
+
+def _steps_that_fit(name: str, form: str, setting: Setting) -> tuple[dict[str, Step], str, int] | None:
+    """:func:`steps_of`; None, and a line on stderr, for a form that does not fit into memory."""
+    try:
+        found = steps_of(name, form, setting)
+        if found is not None:
+            found[0]["training"]()
+        return found
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"{name}, {form}: not enough memory", file=sys.stderr)
+        return None
 
 
 def _ratio(medians: dict[str, float], form: str, base: str) -> float | None:
-    return medians[form] / medians[base] if base in medians and form != LOWER_BOUND else None
+    return medians[form] / medians[base] if base in medians and form != LAYERS_ALONE else None
 
 
-def alternate(tasks: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
-    """Run every task in turn, ``runs`` times, after one run that does not count; the values that they return."""
-    for task in tasks.values():
+def alternate(tasks: Mapping[str, Callable[[], float]], runs: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Run every task in turn, ``runs`` times, after ``warm_up`` runs that do not count; the values that they return."""
+    for task in [*tasks.values()] * warm_up:
         task()
     values: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(runs):
@@ -335,7 +351,10 @@ def _flops(net: nn.Module, x: Tensor, setting: Setting) -> int:
 def _matrix_peak(amp: str, device: torch.device) -> float:
     """TFLOP/s of a large matrix product in the precision of the training, as the card really does it."""
     a = torch.randn(8192, 8192, device=device, dtype=AMP_DTYPES[amp] or torch.float32)
-    seconds = alternate({"": lambda: seconds_of(lambda: a @ a, device)}, 20)[""]
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as the convolutions compute
+    seconds = alternate({"": lambda: seconds_of(lambda: torch.mm(a, a), device)}, 20, warm_up=3)[""]
+    torch.backends.cuda.matmul.allow_tf32 = before
     return 2 * 8192**3 / statistics.median(seconds) / 1e12
 
 

@@ -61,6 +61,10 @@ class Setting:
         return self.device == "cpu"
 
     @property
+    def tiny(self) -> list[str]:
+        return TINY if self.rehearses else []
+
+    @property
     def fp16(self) -> str:
         return "bf16" if self.rehearses else "fp16"  # the scripts have no fp16 on a CPU
 
@@ -77,10 +81,18 @@ class Setting:
             raise RuntimeError(f"exit code {done.returncode}: {' '.join((done.stderr or done.stdout).split())[-300:]}")
         return done.stdout
 
+    def command(self, name: str, output: Path) -> list[object]:
+        """The demo of a script; all runs of one share their data, which take half a minute to make."""
+        data = self.folder / f"data_{name}"
+        data.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        if not (output / "demo_data").exists():
+            (output / "demo_data").symlink_to(data, target_is_directory=True)
+        return [SCRIPTS[name], "--demo", "--device", self.device, "--output-dir", output]
+
     def demo(self, name: str, output: Path, *flags: object) -> dict[str, Any]:
         """Run the demo of a script; what its ``evaluation.json`` has."""
-        tiny = TINY if self.rehearses else []
-        self.run(SCRIPTS[name], "--demo", "--device", self.device, "--output-dir", output, *tiny, *flags)
+        self.run(*self.command(name, output), *self.tiny, *flags)
         return json.loads((output / "evaluation.json").read_text())
 
 
@@ -230,15 +242,12 @@ def evaluation(here: Setting) -> str:
         if not weights.exists():
             raise RuntimeError(f"the weights of row demo-{name}-fp16 are missing; run that row first")
         counts = {}
-        for where, device, override in (
-            ("cpu", "cpu", "0"),
-            (f"here ({here.device})", here.device, "0"),
-            ("here with TF32", here.device, ""),
-        ):
+        ways = [("cpu", "cpu", "0"), (f"here ({here.device})", here.device, "0"), ("here with TF32", here.device, "")]
+        for where, device, override in ways[: 2 if here.rehearses else 3]:
             output = here.folder / f"evaluation_{name}"
-            flags = ["--device", device, "--evaluate", "--weights", weights, "--output-dir", output]
-            self_set = {"NVIDIA_TF32_OVERRIDE": override} if override else {}
-            here.run(SCRIPTS[name], "--demo", *flags, **self_set)
+            flags = ["--device", device, "--evaluate", "--weights", weights]
+            tf32 = {"NVIDIA_TF32_OVERRIDE": override} if override else {}
+            here.run(*here.command(name, output), *flags, **tf32)
             counts[where] = json.loads((output / "evaluation.json").read_text())["correct"]
         if counts["cpu"] != counts[f"here ({here.device})"]:
             raise RuntimeError(f"{name}: {counts}")
@@ -271,9 +280,8 @@ def resume(here: Setting) -> str:
 
 
 def _kill_after_an_epoch(here: Setting, output: Path, flags: list[str]) -> None:
-    tiny = TINY if here.rehearses else []
-    command = [SCRIPTS["dvs128"], "--demo", "--device", here.device, "--output-dir", output, *tiny, *flags]
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    command = [sys.executable, *map(str, here.command("dvs128", output)), *here.tiny, *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         while process.poll() is None and not (output / "last.pt").exists():
             time.sleep(0.02)
@@ -296,18 +304,8 @@ def processes(here: Setting) -> str:
     count = 2 if here.rehearses else min(2, torch.cuda.device_count())
     output = here.folder / "processes"
     shutil.rmtree(output, ignore_errors=True)
-    flags = [
-        "--demo",
-        "--device",
-        here.device,
-        "--epochs",
-        "1",
-        "--output-dir",
-        output,
-        *(TINY if here.rehearses else []),
-    ]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
-    here.run(*launcher, SCRIPTS["imagenet"], *flags)
+    here.run(*launcher, *here.command("imagenet", output), *here.tiny, "--epochs", "1")
     found = json.loads((output / "evaluation.json").read_text())
     device = torch.device(here.device)
     backend = "gloo" if here.rehearses else "nccl"

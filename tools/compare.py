@@ -56,8 +56,10 @@ class Run:
     path: Path
     settings: dict[str, Any]
     seed: int
-    data: str
+    data: str  # its title, which names the folder of data that are not the published ones
+    layout: str  # the data set of that layout
     split: str  # fingerprint
+    contents: str  # of the frames, so of T, too
     count: int
     final: float
     best: float
@@ -102,7 +104,9 @@ def read_run(path: Path) -> Run:
             settings={name: value for name, value in settings.items() if name not in _IGNORED},
             seed=settings["seed"],
             data=described["data"]["title"],
+            layout=described["data"]["name"],
             split=described["split"]["fingerprint"],
+            contents=described["split"]["contents"],
             count=evaluation["count"],
             final=accuracy[-1],
             best=accuracy[best],
@@ -123,7 +127,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """
     together: dict[str, list[Run]] = {}
     for run in runs:
-        key = json.dumps([run.settings, run.data, run.split, run.count], sort_keys=True)
+        key = json.dumps([run.settings, run.layout, run.contents, run.count], sort_keys=True)
         together.setdefault(key, []).append(run)
     for alike in together.values():
         for a, b in itertools.combinations(alike, 2):
@@ -131,7 +135,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
                 raise UserError(f"runs {a.path} and {b.path} have the same settings and seed {a.seed}; leave one out")
     groups = list(together.values())
     names = sorted({name for run in runs for name in run.settings})
-    several_data = len({run.data for run in runs}) > 1
+    several_data = _data_differ([group[0] for group in groups])
     changing = [name for name in names if len({json.dumps(g[0].settings.get(name)) for g in groups}) > 1]
 
     def name_of(run: Run) -> str:
@@ -169,12 +173,21 @@ def differences(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 def what_differs(groups: Sequence[Group]) -> list[str]:
     """In which of data, split and number of test samples the groups differ, in words."""
-    found = []
-    for name, title in (("data", "data"), ("split", "split"), ("count", "test samples")):
-        values = sorted({str(getattr(group.runs[0], name)) for group in groups})
-        if len(values) > 1:
-            found.append(f"{title} ({' / '.join(values)})")
-    return found
+    runs = [group.runs[0] for group in groups]
+    found = {"split": {run.split for run in runs}, "test samples": {str(run.count) for run in runs}}
+    if _data_differ(runs):
+        titles = {run.data for run in runs}
+        found = {"data": titles if len(titles) > 1 else {run.contents for run in runs}, **found}
+    return [f"{title} ({' / '.join(sorted(values))})" for title, values in found.items() if len(values) > 1]
+
+
+def _data_differ(runs: Sequence[Run]) -> bool:
+    """Whether the data of runs differ; frames of two T cannot be compared, so there the names of the samples decide."""
+    return any(
+        a.layout != b.layout
+        or (a.contents != b.contents and a.settings.get("timesteps") == b.settings.get("timesteps"))
+        for a, b in itertools.combinations(runs, 2)
+    )
 
 
 def to_markdown(groups: Sequence[Group], unlike: Sequence[str]) -> str:

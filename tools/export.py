@@ -1,13 +1,16 @@
-"""Export trained weights: to safetensors with what is known of them, back to .pt, or as a program of torch.export.
+"""Export trained weights: to safetensors with what is known of them, back to .pt, as a folder for the Hugging Face hub,
+or as a program of torch.export.
 
     python tools/export.py weights output/dvs128/last.pt --output sma_azo_vgg8_dvs128.safetensors
+    python tools/export.py hub     output/dvs128/last.pt --output sma_azo_vgg8_dvs128
     python tools/export.py show    sma_azo_vgg8_dvs128.safetensors
     python tools/export.py back    sma_azo_vgg8_dvs128.safetensors --output weights.pt
     python tools/export.py program sma_azo_vgg8_dvs128.safetensors --output sma_azo_vgg8_dvs128.pt2 --size 128
 
 The metadata of a safetensors file are JSON: network, recipe, epoch and what selected it, accuracy, data, split,
 versions. Its SHA-256 is written next to it (``sha256sum -c NAME.safetensors.sha256``) and checked whenever the file is
-read. All scripts take the file as ``--weights``.
+read. All scripts take the file as ``--weights``. The folder of ``hub`` is in the layout of the Hugging Face hub;
+``models.load`` reads it.
 """
 
 from __future__ import annotations
@@ -29,13 +32,16 @@ if not __package__:  # run as a file: the modules of the repository are one fold
 
 from models import VGG8
 from models.neurons import reset_net
+from utils.analysis.figures import draw_curves, save
+from utils.analysis.model_card import model_card
+from utils.analysis.runs import read_metrics
 from utils.args import size
 from utils.checked import write_checked
 from utils.checkpoint import put_weights, read_weights
 from utils.errors import SentenceParser, UserError, exit_with_sentence, user_input
 from utils.exported import checksum_file, sha256_of, write_exported
 from utils.facts import training_facts, training_in_words
-from utils.files import Fields, read_json, replacing, writing
+from utils.files import Fields, read_json, replacing, write_text, writing
 from utils.networks import build_network, describe_network
 from utils.versions import versions
 
@@ -49,18 +55,51 @@ _ACCURACY = ("acc1", "acc5", "correct", "correct5", "count", "loss")
 
 def export_weights(args: argparse.Namespace) -> None:
     """Write a safetensors file with metadata, and its checksum next to it."""
+    weights, facts = _weights_and_facts(args)
+    write_exported(weights, facts, args.output)
+    print(f"{args.output}: {len(weights)} tensors, {_accuracy_in_words(facts)}")
+    print(f"{checksum_file(args.output)}: SHA-256 {sha256_of(args.output)}")
+
+
+def export_hub(args: argparse.Namespace) -> None:
+    """Write a folder for the Hugging Face hub: weights, config.json, and a model card to complete."""
+    weights, facts = _weights_and_facts(args)
+    network, about = facts["network"], facts.get("facts", {})
+    if "T" not in network:
+        raise UserError(f"T of {args.file} is unknown: the network has no SMA, and the file has no recipe")
+    if "data" in about:  # where they lie on this machine is for nobody else
+        facts["facts"] = {**about, "data": {k: v for k, v in about["data"].items() if k != "folder"}}
+    if "recipe" in facts:
+        facts["recipe"] = {name: value for name, value in facts["recipe"].items() if name != "weights"}
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise UserError(f"--output {args.output} exists already and is not empty; delete it or choose another name")
+    config = {
+        "network": network["name"],
+        "keywords": {name: value for name, value in network.items() if name != "name"},
+        "library_name": "pytorch",
+    }
+    curves = args.file.with_name("metrics.csv").exists()
+    write_exported(weights, facts, args.output / "model.safetensors")
+    with writing(f"--output {args.output}"):
+        write_text(args.output / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(args.output / "README.md", model_card(facts, args.license, curves))
+    if curves:
+        run = args.file.parent
+        save(draw_curves({run.resolve().name: read_metrics(run)}), args.output / "curves.png")
+    print(f"{args.output}: model.safetensors ({len(weights)} tensors), config.json, README.md: read and complete it")
+
+
+def _weights_and_facts(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of ``args.file`` and what is known of them, in plain values."""
     weights, known = read_weights(args.file)
     network, keywords = describe_network(weights, known)
-    facts = {
+    return weights, {
         **{name: known[name] for name in _OF_A_RUN if name in known},
         **_known_of_run(args.file, known, args.evaluation),
         "network": {"name": network, **keywords},
         "source": {"name": args.file.name, "sha256": sha256_of(args.file)},
         "versions": versions(),
     }
-    write_exported(weights, facts, args.output)
-    print(f"{args.output}: {len(weights)} tensors, {_accuracy_in_words(facts)}")
-    print(f"{checksum_file(args.output)}: SHA-256 {sha256_of(args.output)}")
 
 
 def export_back(args: argparse.Namespace) -> None:
@@ -107,32 +146,41 @@ def export_program(args: argparse.Namespace) -> None:
 def _known_of_run(path: Path, known: Mapping[str, Any], evaluation: Path | None) -> dict[str, Any]:
     """Epoch, what selected it, and the accuracy of the weights where a file of the run holds it."""
     trained = training_facts(known)
-    if known.get("accuracy") and evaluation is None:
+    if evaluation is not None:
+        found = _read_evaluation(evaluation)
+        if "acc1" not in found:
+            raise UserError(f"--evaluation {evaluation} holds no acc1; give the evaluation.json that a script wrote")
+        if found.get("sha256") not in (None, sha256_of(path)):
+            raise UserError(
+                f"--evaluation {evaluation} is of other weights ({found.get('weights')}); give that of {path}"
+            )
+    elif known.get("accuracy"):
         return trained
-    found = _read_evaluation(evaluation or path.with_name(f"evaluation_of_{path.stem}.json"), evaluation is not None)
-    if evaluation is None and not _same_file(found.get("weights"), path):
-        found = {}
-    if not found and "final" in trained["selection"]:
-        found = _read_evaluation(path.with_name("evaluation.json"), needed=False)
-        found = found if found.get("selection") == "final" else {}
-    if not found and "best" in trained["selection"]:
-        found = {"acc1": known["best"]["acc1"]}
-    if evaluation is not None and "acc1" not in found:
-        raise UserError(f"--evaluation {evaluation} holds no acc1; give the evaluation.json that a script wrote")
+    else:
+        found = _evaluation_next_to(path, trained)
     accuracy = {name: found[name] for name in _ACCURACY if name in found}
+    if not accuracy and "best" in trained["selection"]:
+        accuracy = {"acc1": known["best"]["acc1"]}
     facts = {name: found[name] for name in ("data", "split") if name in found}
     return {**trained, **({"accuracy": accuracy} if accuracy else {}), **({"facts": facts} if facts else {})}
 
 
-def _same_file(stored: Any, path: Path) -> bool:
-    return isinstance(stored, str) and Path(stored).resolve() == path.resolve()
+def _evaluation_next_to(path: Path, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """What a script wrote of an evaluation of these weights, or of the final epoch of the run that they end."""
+    for name in (f"evaluation_of_{path.stem}.json", "evaluation.json"):
+        if (file := path.with_name(name)).exists():
+            found = _read_evaluation(file)
+            final = found.get("selection") == "final" and "final" in trained["selection"]
+            if found["sha256"] == sha256_of(path) if "sha256" in found else final:
+                return found
+    return {}
 
 
-_EVALUATION: Fields = {"acc1": (float, None), "correct": (int, None), "count": (int, None), "weights": (str, None)}
+_EVALUATION: Fields = {"acc1": (float, None), "correct": (int, None), "count": (int, None), "sha256": (str, None)}
 
 
-def _read_evaluation(path: Path, needed: bool) -> dict[str, Any]:
-    return read_json(path, _EVALUATION, "the file that a script wrote") if needed or path.exists() else {}
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    return read_json(path, _EVALUATION, "the file that a script wrote")
 
 
 def _accuracy_in_words(facts: Mapping[str, Any]) -> str:
@@ -188,10 +236,13 @@ def make_parser() -> argparse.ArgumentParser:
         return command
 
     weights = add("weights", export_weights, "a new .safetensors file")
-    weights.add_argument(
-        "--evaluation", type=Path, metavar="FILE",
-        help="the evaluation.json of these weights (default: the one next to them, where it is theirs)",
-    )  # fmt: skip
+    hub = add("hub", export_hub, "a new folder")
+    for command in (weights, hub):
+        command.add_argument(
+            "--evaluation", type=Path, metavar="FILE",
+            help="the evaluation.json of these weights (default: the one next to them, where it is theirs)",
+        )  # fmt: skip
+    hub.add_argument("--license", metavar="NAME", help="of the weights, for the model card (default: none)")
     add("show", show, None)
     add("back", export_back, "a new .pt file")
     program = add("program", export_program, "a new .pt2 file")

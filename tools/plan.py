@@ -4,19 +4,10 @@
     python tools/plan.py train_amp.py -net resnet18 -b 256 --gpus 4 --gpu-memory 24 --peak 165
     python tools/plan.py vgg8_dvs128_SMA.py --device cpu -b 1       the way a CPU goes
 
-Give a script and its own flags, and these of the plan:
-
-    --gpu-memory GiB     of a card (default: 24)
-    --gpus N             cards of a machine (default: 4, train_amp.py: 6)
-    --machines M         (default: 1)
-    --peak X             TFLOP/s of a card in this precision (default: 71: fp16 with float32 sums on an RTX 3090)
-    --bandwidth X        GB/s of the exchange between cards of a machine (default: 12)
-    --network X          GB/s between machines (default: 1.25)
-    --neurons NAME       triton or torch (default: triton; CuPy keeps more than either)
-
 Memory is counted on shapes alone: every tensor that a step allocates, in blocks of 512 bytes. Unknown are what CUDA and
 its libraries take (context, workspaces of convolutions) and what the allocator cannot use: a tenth of the card is left
-for that. Times are lower bounds: no card reaches its peak in this network.
+for that. Times are those of direct convolutions at the peak rate. Real ones are usually longer; a library that
+transforms 3x3 convolutions (Winograd) needs fewer operations and can be below.
 """
 
 from __future__ import annotations
@@ -42,7 +33,7 @@ from utils.args import above_zero, whole
 from utils.engine import AMP_DTYPES
 from utils.errors import SentenceParser, UserError, exit_with_sentence
 from utils.event_args import parse_event_args
-from utils.image_args import parse_image_args
+from utils.image_args import batch_of_process, parse_image_args
 from utils.prepare.datasets import DATA_SETS
 
 __all__ = ["Task", "main", "task_of"]
@@ -101,17 +92,17 @@ def task_of(script: Path, flags: list[str], processes: int) -> Task:
         raise UserError(f"{script} is not a training script; use vgg8_dvs128_SMA.py or another with a recipe")
     flags = flags if "--device" in flags else ["--device", "cuda", *flags]
     if hasattr(module, "DATA_SET"):
-        args = parse_event_args(module.__doc__ or "", module.DATA_SET, module.RECIPE, module.DEMO, flags)
+        args = parse_event_args(module.SETTINGS, module.__doc__, module.DATA_SET, flags)
         data_set, classes = module.DATA_SET, DATA_SETS[module.DATA_SET].num_classes
         size = args.frame_size or args.sensor_size or DATA_SETS[module.DATA_SET].sensor
         batch, sample = args.batch_size, (args.timesteps, 2, *size)
     else:
-        args = parse_image_args(module.__doc__ or "", module.RECIPE, module.DEMO, flags)
+        args = parse_image_args(module.SETTINGS, module.__doc__, flags)
         data_set, classes = "imagenet", 1000
-        batch, sample = max(1, args.batch_size // processes), (3, args.image_size, args.image_size)
+        batch, sample = batch_of_process(args, processes), (3, args.image_size, args.image_size)
     made = partial(module.build_model, args, classes)
     device = "cpu" if args.device == "cpu" else "cuda"
-    return Task(data_set, made, args.amp, device, batch, _parts(args), sample, _recomputes(args))
+    return Task(data_set, made, args.amp, device, batch, args.micro_batches, sample, args.recompute)
 
 
 def _load(path: Path) -> ModuleType:
@@ -122,32 +113,30 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-def _parts(args: argparse.Namespace) -> int:
-    return getattr(args, "accumulate", None) or getattr(args, "micro_batches", None) or 1
-
-
-def _recomputes(args: argparse.Namespace) -> bool:
-    return bool(getattr(args, "checkpoint_activations", False) or getattr(args, "recompute", False))
-
-
 def largest_batch(peaks: dict[int, int], room: float) -> int:
     """The most samples that fit, from the peaks of two numbers of them: the peak is a line. 0: not even one fits."""
     (few, low), (many, high) = sorted(peaks.items())
     return max(0, int(few + (room - low) * (many - few) // max(1, high - low)))
 
 
+def make_parser() -> SentenceParser:
+    """The parser of this tool's own flags; those of the script follow in any order."""
+    parser = SentenceParser(description=__doc__)
+    add = parser.add_argument
+    add("script", type=Path, help="one of the four training scripts; its own flags may follow")
+    add("--gpu-memory", type=above_zero, default=24.0, metavar="GIB", help="of one card (default: 24)")
+    add("--gpus", type=whole(1), metavar="N", help="cards of one machine (default: as published)")
+    add("--machines", type=whole(1), default=1, metavar="N", help="machines (default: 1)")
+    add("--peak", type=above_zero, default=71.0, metavar="TFLOPS", help="peak rate of a card (default: 71)")
+    add("--bandwidth", type=above_zero, default=12.0, metavar="GB", help="per second between cards (default: 12)")
+    add("--network", type=above_zero, default=1.25, metavar="GB", help="per second between machines (default: 1.25)")
+    add("--neurons", choices=("triton", "torch"), default="triton", help="what runs the neurons (default: triton)")
+    return parser
+
+
 def main() -> None:
     """Print the plan."""
-    parser = SentenceParser(description=__doc__)
-    parser.add_argument("script", type=Path, help="one of the four training scripts")
-    parser.add_argument("--gpu-memory", type=above_zero, default=24.0)
-    parser.add_argument("--gpus", type=whole(1))
-    parser.add_argument("--machines", type=whole(1), default=1)
-    parser.add_argument("--peak", type=above_zero, default=71.0)
-    parser.add_argument("--bandwidth", type=above_zero, default=12.0)
-    parser.add_argument("--network", type=above_zero, default=1.25)
-    parser.add_argument("--neurons", choices=("triton", "torch"), default="triton")
-    args, flags = parser.parse_known_args()
+    args, flags = make_parser().parse_known_args()
     cards = args.gpus or (6 if args.script.name == "train_amp.py" else 4)
     processes = cards * args.machines
     task = task_of(args.script, flags, processes)
@@ -176,7 +165,7 @@ def _plan(task: Task, step: Step, at_once: int, args: argparse.Namespace, cards:
         "forward and backward",
         f"exchanged a step        {sent:.3g} GB each way in every process" if processes > 1 else
         "exchanged a step        nothing",
-        f"an epoch                {steps} steps; at least {_time(steps * max(compute, exchange))}: "
+        f"an epoch                {steps} steps; {_time(steps * max(compute, exchange))} at the peak rate: "
         f"{1000 * compute:.3g} ms of operations at {args.peak:g} TFLOP/s, with {1000 * exchange:.3g} ms of exchange "
         f"at {slowest:.3g} GB/s in parallel",
         "",
@@ -201,7 +190,7 @@ def _plan(task: Task, step: Step, at_once: int, args: argparse.Namespace, cards:
             most = largest_batch(peaks, room)
             found = str(most) if most else "does not fit"
             rows.append(["recomputed" if recompute else "kept", f"{peaks[at_once] / GIB:.2f}", found])
-        lines += [markdown_table(rows), "", "A larger batch fits in parts of so many samples."]
+        lines += [markdown_table(rows), "", "A larger batch fits in parts of so many samples (--micro-batches)."]
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ if not __package__:  # run as a file: the modules of the repository are one fold
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.neurons import reset_net
-from utils.analysis.changes import changed_accuracies
+from utils.analysis.changes import changed_accuracies, check_time
 from utils.analysis.energy import conventions, count_by_spikingjelly, energy, operations, summary
 from utils.analysis.figures import draw_changes, draw_confusion, draw_rates, save
 from utils.analysis.inspection import Inspected, add_inspection, load_inspected
@@ -86,6 +86,8 @@ def main() -> None:
     with start(args.device, args.local_rank) as process:
         check_output(output)
         inspected = load_inspected(args, process)
+        if args.time:
+            check_time(inspected)
         net, batches = inspected.net, progress_bar(inspected.batches, "test", process)
         collector = Collector()
         with OperationCounter(net) as counter:

@@ -28,7 +28,7 @@ from models.neurons import reset_net
 from utils.analysis.azo_record import kernel_sizes, read_azo_record
 from utils.analysis.figures import draw_attention, draw_azo, draw_curves, draw_frames, draw_spikes, save
 from utils.analysis.inspection import Inspected, add_inspection, load_inspected
-from utils.analysis.labels import layer_labels
+from utils.analysis.labels import layer_labels, sma_label
 from utils.analysis.predictions import sample_path
 from utils.analysis.runs import read_metrics
 from utils.analysis.spikes import in_grey, predict, spike_maps
@@ -167,10 +167,9 @@ def show_attention(args: argparse.Namespace) -> None:
         weights = mean_attention(inspected, process)
         if not process.is_first:
             return
-        labels = layer_labels(inspected.net)
         for name, (time, spread, channel) in weights.items():
             kernels = kernel_sizes(modules[name])
-            title = f"{labels[name]}: weights of the scales, mean of {len(inspected.test)} test samples"
+            title = f"{sma_label(name)}: weights of the scales, mean of {len(inspected.test)} test samples"
             path = output / "figures" / f"attention_{name}.png"
             save(draw_attention(time, spread, channel, kernels, title), path)
             print(path)
@@ -183,7 +182,7 @@ def show_azo(args: argparse.Namespace) -> None:
     epochs, kernels, shares = read_azo_record(args.run)
     for name, share in shares.items():
         path = output / "figures" / f"azo_{name}.png"
-        title = f"Attention ZoneOut at {name}, in training (step 1 has no step before it and stays)"
+        title = f"{sma_label(name)}: replaced by Attention ZoneOut in training (step 1 has no step before it and stays)"
         save(draw_azo(epochs, share, kernels, title), path)
         print(path)
 

@@ -234,21 +234,24 @@ def size(least: int, most: int = 4096) -> Callable[[str], list[int]]:
     """Make the type of a height and width ``N`` or ``HxW`` in pixels."""
 
     def parse(text: str) -> list[int]:
-        height, _, width = text.partition("x")
+        height, x, width = text.partition("x")
         needed = f"N or HxW in whole pixels from {least} to {most}, for instance 48 or 180x240"
-        return [_number(side, int, lambda n: least <= n <= most, needed) for side in (height, width or height)]
+        sides = (height, width if x else height)
+        return [_number(side, int, lambda n: least <= n <= most, needed, text) for side in sides]
 
     return parse
 
 
-def _number(text: str, convert: Callable[[str], float], allowed: Callable[[float], bool], needed: str) -> Any:
+def _number(
+    text: str, convert: Callable[[str], float], allowed: Callable[[float], bool], needed: str, given: str = ""
+) -> Any:
     try:
         value = convert(text)
         if math.isfinite(value) and allowed(value):
             return value
     except (ValueError, OverflowError):
         pass
-    raise argparse.ArgumentTypeError(f"{text[:40]!r} must be {needed}")
+    raise argparse.ArgumentTypeError(f"{(given or text)[:40]!r} must be {needed}")
 
 
 def plain(value: object) -> Any:
@@ -350,8 +353,9 @@ def complete(args: argparse.Namespace, data_set: str, run: str) -> None:
     """
     if args.evaluate and args.weights is None:
         raise UserError("--evaluate needs --weights FILE: the weights to evaluate")
-    if args.resume not in ("auto", "never") and not Path(args.resume).exists():
-        raise UserError(f"--resume: file {args.resume} does not exist; give auto, never or a checkpoint of a run")
+    if args.resume not in ("auto", "never") and not Path(args.resume).is_file():
+        is_not = "is no file" if Path(args.resume).exists() else "does not exist"
+        raise UserError(f"--resume: {args.resume or '(nothing)'} {is_not}; give auto, never or a checkpoint of a run")
     if args.demo and args.data_dir is not None:
         raise UserError("--demo makes its own data; leave out either --demo or --data-dir")
     run_dir = Path("output") / (f"{run}_demo" if args.demo else run)

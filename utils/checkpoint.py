@@ -25,7 +25,12 @@ __all__ = ["Checkpoints", "load_weights", "put_weights", "read_weights"]
 FORMAT = 4  # 3: one dropout mask a step, another ImageNet schedule, another --decay
 _WRAPPERS = ("model", "net", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
-_KINDS = {"epoch": int, "recipe": Mapping, "facts": Mapping, "best": Mapping, "versions": Mapping}  # as we write them
+_MAY_BEGIN_LATER = "azo"  # the record of what AZO replaces changes nothing in a run
+# As this program writes them; anything else under these names is ignored.
+_KINDS = {
+    "epoch": int, "recipe": Mapping, "facts": Mapping, "best": Mapping, "versions": Mapping, "accuracy": Mapping,
+    "selection": str, "steps": int,
+}  # fmt: skip
 
 
 def load_weights(net: nn.Module, path: str | Path) -> None:
@@ -271,6 +276,8 @@ class Checkpoints:
                 own = state["processes"][self.process.rank]
                 _set_random_state(own["rng"], self.process.device)
             for name, part in self.parts.items():
+                if name == _MAY_BEGIN_LATER and name not in state:
+                    continue
                 if before[name] and not state[name]:
                     raise ValueError("it is empty")
                 part.load_state_dict(state[name])
@@ -380,7 +387,7 @@ class Checkpoints:
             "format": int, "model": Mapping, "processes": list, "epoch": int, "best": Mapping, "recipe": Mapping,
             "facts": Mapping, "versions": Mapping,
         }  # fmt: skip
-        missing = {*kinds, *self.parts} - state.keys()
+        missing = {*kinds, *self.parts} - state.keys() - {_MAY_BEGIN_LATER}
         if missing:
             raise UserError(
                 f"file {path} is no checkpoint of a run: it lacks {', '.join(sorted(missing))}; "

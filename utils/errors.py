@@ -72,6 +72,14 @@ class SentenceParser(argparse.ArgumentParser):
     def __init__(self, **keywords: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **keywords)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse has it, but that takes ``--seed=--`` for a seed of nothing."""
+        args = list(sys.argv[1:] if args is None else args)
+        for arg in args:
+            if arg.startswith("-") and arg.endswith("--") and arg != "--":
+                self.error(f"argument {arg}: '--' is no value")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         shown = _printable(message if len(message) < _LONGEST else f"{message[: _LONGEST // 2]} ...")
         raise UserError(f"{shown} (all arguments: --help)")

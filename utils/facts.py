@@ -3,6 +3,7 @@ the header are made from them."""
 
 from __future__ import annotations
 
+import contextlib
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,6 +24,13 @@ from utils.versions import versions
 
 __all__ = ["facts_of_run", "header", "split_in_words", "training_facts", "training_in_words"]
 
+_SELECTIONS = {
+    "final": "the final one",
+    "best": "the best so far (selected on the test set)",
+    "final and best": "the final one, also the best on the test set",
+    "none": "neither the final nor the best one",
+    "unknown": "perhaps selected on the test set",
+}
 _NETWORK = ("timesteps", "width", "sma_blocks", "branch_activation", "branch_groups", "AZO", "RCR", "RTR")
 
 
@@ -132,10 +140,10 @@ def training_facts(known: Mapping[str, Any]) -> dict[str, Any]:
     epoch, epochs = known.get("epoch"), recipe.get("epochs")
     found = {"epoch": epoch, "epochs": epochs, "steps": 0, "seed": recipe.get("seed"), "AZO": recipe.get("AZO")}
     found["selection"] = "unknown"
-    if isinstance(known.get("selection"), str):  # of exported weights
+    if known.get("selection") in _SELECTIONS:  # of exported weights
         return found | {"selection": known["selection"], "steps": known.get("steps", 0)}
-    if processes := known.get("processes"):
-        found["steps"] = processes[0]["progress"]["step"]
+    with contextlib.suppress(LookupError, TypeError):  # nothing in a file is trusted
+        found["steps"] = known["processes"][0]["progress"]["step"]
     if epoch is None or epochs is None:
         return found
     best = known.get("best")
@@ -148,13 +156,7 @@ def training_facts(known: Mapping[str, Any]) -> dict[str, Any]:
 def training_in_words(found: Mapping[str, Any]) -> dict[str, str]:
     """``epoch``, ``seed`` and, of weights trained with it, ``AZO`` of :func:`training_facts` in words."""
     azo = {"AZO": "training only"} if found["AZO"] else {}
-    kind = {
-        "final": "the final one",
-        "best": "the best so far (selected on the test set)",
-        "final and best": "the final one, also the best on the test set",
-        "none": "neither the final nor the best one",
-        "unknown": "perhaps selected on the test set",
-    }[found["selection"]]
+    kind = _SELECTIONS[found["selection"]]
     steps = f" and {found['steps']} step(s) of the next" if found["steps"] else ""
     if found["epoch"] is None:
         return {"epoch": f"unknown, {kind}", "seed": "unknown", **azo}

@@ -91,9 +91,11 @@ class RunLog:
         self._tensorboard = SummaryWriter(str(self.log_dir), purge_step=epochs_done + 1)
 
     def epoch(
-        self, epoch: int, epochs: int, train: Mapping[str, float], test: Mapping[str, float], lr: float, seconds: float
+        self, epoch: int, train: Mapping[str, float], test: Mapping[str, float], lr: float, seconds: float
     ) -> None:
-        """Report an epoch (numbered from 1): a row of ``metrics.csv``, TensorBoard, a line.
+        """Record an epoch (numbered from 1): a row of ``metrics.csv``, TensorBoard.
+
+        Before its checkpoint is saved: what a kill leaves in between is dropped when the run continues.
 
         Raises:
             UserError: the directory cannot be written to; raised in all processes.
@@ -101,17 +103,6 @@ class RunLog:
         with self._writing():
             if self.process.is_first:
                 self._write_epoch(epoch, train, test, lr, seconds)
-        if not self.process.is_first:
-            return
-        second = f"top5 {test['acc5']:.2f} %" if "acc5" in test else f"({test['correct']}/{test['count']})"
-        line = (
-            f"epoch {epoch}/{epochs}  train {train['acc1']:.2f} % loss {train['loss']:.4f}  test {test['acc1']:.2f} % "
-            f"{second} loss {test['loss']:.4f}  lr {lr:.2g}  {seconds:.{1 if seconds < 100 else 0}f} s"
-        )
-        if train["skips"]:
-            line += f"\n  {train['skips']} step(s) skipped by the fp16 scaler"
-        tqdm.write(line, file=sys.stdout)  # a line of its own, whatever the progress bar left
-        sys.stdout.flush()
 
     def _write_epoch(
         self, epoch: int, train: Mapping[str, float], test: Mapping[str, float], lr: float, seconds: float
@@ -149,6 +140,21 @@ class RunLog:
                     f"the log in --output-dir {self.directory} cannot be written: {error.strerror or error}; make "
                     "room, and the same command continues after the last saved epoch, or choose another --output-dir"
                 ) from error
+
+
+def print_epoch(
+    epoch: int, epochs: int, train: Mapping[str, float], test: Mapping[str, float], lr: float, seconds: float
+) -> None:
+    """Print an epoch, in at most 100 columns, when its checkpoint is saved."""
+    second = f"top5 {test['acc5']:.2f} %" if "acc5" in test else f"({test['correct']}/{test['count']})"
+    line = (
+        f"epoch {epoch}/{epochs}  train {train['acc1']:.2f} % loss {train['loss']:.4f}  test {test['acc1']:.2f} % "
+        f"{second} loss {test['loss']:.4f}  lr {lr:.2g}  {seconds:.{1 if seconds < 100 else 0}f} s"
+    )
+    if train["skips"]:
+        line += f"\n  {train['skips']} step(s) skipped by the fp16 scaler"
+    tqdm.write(line, file=sys.stdout)  # a line of its own, whatever the progress bar left
+    sys.stdout.flush()
 
 
 def print_header(lines: Mapping[str, str], deviations: Mapping[str, tuple[Any, Any]]) -> None:

@@ -22,7 +22,6 @@ from utils.data.events import EventFrames, load_event_data
 from utils.errors import UserError
 from utils.files import read_json, replacing, write_text, writing
 from utils.logger import progress_bar
-from utils.prepare.datasets import DATA_SETS
 
 __all__ = ["Kind", "colours", "save_as_gif", "save_as_pic", "save_every_frame_of_an_entire_DVS_dataset"]
 
@@ -164,7 +163,7 @@ def save_every_frame_of_an_entire_DVS_dataset(  # noqa: N802 - the published nam
     with ThreadPoolExecutor(number_of_threads) as pool:
         jobs = []
         for part, samples in parts.items():
-            folder = Path(save_pic_to) / part if DATA_SETS[name].has_split else Path(save_pic_to)
+            folder = Path(save_pic_to) / part if data.info.rule == "own" else Path(save_pic_to)
             jobs += [
                 pool.submit(_save_sample, samples, index, folder, data.classes, time_steps, scale, full)
                 for index in range(len(samples))

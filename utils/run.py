@@ -28,12 +28,14 @@ from utils.data.loaders import set_epoch
 from utils.distributed import Process, start
 from utils.engine import Progress
 from utils.errors import StopRequested, user_input
+from utils.exported import sha256_of
 from utils.facts import facts_of_run, header, training_facts
 from utils.logger import (
     RunLog,
     check_output,
     evaluation_in_words,
     one_run,
+    print_epoch,
     print_header,
     progress_bar,
     write_json,
@@ -148,12 +150,14 @@ class Run:
             yield epoch
 
     def save(self, train: Mapping[str, float], test: Mapping[str, float]) -> None:
-        """Save the checkpoint of a finished epoch, then report it."""
+        """Record a finished epoch, save its checkpoint, and print its line."""
         assert self._training is not None, "call resume() first"
         epoch, seconds = self.progress.epoch, time.monotonic() - self._epoch_began
+        self._training.log.epoch(epoch, train, test, self._training.lr, seconds)
         self._training.checkpoints.save(epoch, test["acc1"])
         self._training.done = epoch
-        self._training.log.epoch(epoch, self.args.epochs, train, test, self._training.lr, seconds)
+        if self.process.is_first:
+            print_epoch(epoch, self.args.epochs, train, test, self._training.lr, seconds)
 
     def finish(self, final: Mapping[str, Any]) -> None:
         """Report the final epoch, and which epoch was best, and say which is which."""
@@ -177,7 +181,7 @@ class Run:
         if output is None or (output / "metrics.csv").exists():
             path = path.with_name(f"evaluation_of_{weights.stem}.json")
         print(f"{evaluation_in_words(result)}  split {self.facts['split']['fingerprint']}")
-        write_json(path, {**result, "weights": weights, **self.facts})
+        write_json(path, {**result, "weights": weights, "sha256": sha256_of(weights), **self.facts})
         print(f"written to {path}", flush=True)
 
     def save_inside(self) -> None:

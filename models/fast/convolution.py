@@ -48,11 +48,14 @@ import torch
 from torch import Tensor, nn
 
 from .transforms import Kernel, Transforms, transforms
-from .workers import Rooms, empty, share
+from .workers import empty, in_order, room, share
 
-__all__ = ["applies", "branch_convolutions"]
+__all__ = ["applies", "branch_convolutions", "estimate"]
 
-LEAST_PIXELS, LEAST_VALUES = 2**10, 2**18  # of an input for which this is faster than direct convolutions
+# The cost of one kernel's products, of the transforms of one side times C, and of those of one kernel times the pixels
+# of all samples, in multiplications of a direct convolution for a pixel and a pair of channels. Fitted to times on an
+# AMD EPYC; `python tools/benchmark.py convolutions` shows how they fit your machine.
+PRODUCTS, TRANSFORMS, KERNEL = 4.2, 330.0, 33000.0
 
 
 def applies(x: Tensor, weights: Sequence[Tensor], samples: int) -> bool:
@@ -65,8 +68,7 @@ def applies(x: Tensor, weights: Sequence[Tensor], samples: int) -> bool:
 
     The environment variable ``SMA_CONVOLUTIONS`` overrides the choice where there is one: ``direct`` or ``shared``.
     """
-    C, H, W = x.shape[1:]
-    kernels = [weight.shape[-1] for weight in weights]
+    kernels, C = [weight.shape[-1] for weight in weights], x.shape[1]
     possible = (
         type(x) is Tensor
         and x.device.type == "cpu"
@@ -81,7 +83,14 @@ def applies(x: Tensor, weights: Sequence[Tensor], samples: int) -> bool:
     choice = os.environ.get("SMA_CONVOLUTIONS", "")
     if not possible or choice in ("direct", "shared"):
         return possible and choice == "shared"
-    return x.dtype == torch.float32 and samples * H * W >= LEAST_PIXELS and samples * H * W * C >= LEAST_VALUES
+    return x.dtype == torch.float32 and estimate(kernels, samples, *x.shape[1:]) < 0.8
+
+
+def estimate(kernels: Sequence[int], N: int, C: int, H: int, W: int) -> float:
+    """About which share of the time of direct convolutions :func:`branch_convolutions` takes in training."""
+    wide = [k for k in kernels if k > 1]
+    shared = PRODUCTS * len(wide) + TRANSFORMS * (1 + len(wide)) / C + KERNEL * len(wide) / (N * H * W)
+    return shared / sum(k * k for k in wide)
 
 
 def branch_convolutions(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -114,28 +123,24 @@ class _SharedTransform(torch.autograd.Function):
         ctx.save_for_backward(x, *weights)
         ctx.set_materialize_grads(False)
         N, _, H, W = x.shape
-        t, room = _transforms_of(x, weights), Rooms(x.dtype)
-        kernels = [Kernel(t, weight, room) for weight in weights]
-        if trains:
-            share(Kernel.prepare, kernels)
-        else:
-            for kernel in kernels:
-                kernel.hold()
+        t = _transforms_of(x, weights)
+        kernels = [Kernel(t, weight, hold=not trains) for weight in weights]
         outputs = [empty(x.dtype, N, len(weight), H, W) for weight in weights]
 
         def multiply(columns: Tensor, results: list[Tensor], frequency: slice) -> None:
-            spectrum = t.x.encode(columns, frequency, room, "A x")
+            spectrum = t.x.encode(columns, frequency, "A x")
             for kernel, bias, result in zip(kernels, biases, results, strict=True):
-                products = room("products", *spectrum.shape[:-1], kernel.K)
+                products = room("products", x.dtype, *spectrum.shape[:-1], kernel.K)
                 for part, transformed in kernel.spectrum(frequency):
                     torch.bmm(spectrum[part].flatten(1, 3), transformed.mT, out=products[part].flatten(1, 3))
                 if frequency.start == 0 and bias is not None:  # a constant is the frequency 0
                     products[0] += bias * t.area
-                t.y.decode(products, result, frequency, room)
+                t.y.decode(products, result, frequency)
 
         for samples in t.rounds(N):
-            columns = t.x.gather(x[samples], room, "columns of x")
-            results = [room(f"columns of y{s}", *columns.shape[:-1], one.K) for s, one in enumerate(kernels)]
+            columns = t.x.gather(x[samples], "columns of x")
+            shape = columns.shape[:-1]
+            results = [room(f"columns of y{s}", x.dtype, *shape, one.K) for s, one in enumerate(kernels)]
             share(partial(multiply, columns, results), t.frequencies)
             for result, output in zip(results, outputs, strict=True):
                 t.y.scatter(result, output[samples])
@@ -167,33 +172,37 @@ def _adjoint(x: Tensor, weights: list[Tensor], grads: list[Tensor]) -> Gradients
     if not grads:
         return None, [], []
     grads = [grad.contiguous() for grad in grads]
-    t, room = _transforms_of(x, weights), Rooms(x.dtype)
-    kernels = [Kernel(t, weight, room) for weight in weights]
-    share(partial(Kernel.prepare, backward=True), kernels)
+    t = _transforms_of(x, weights)
+    kernels = [Kernel(t, weight) for weight in weights]
     grad_x = empty(x.dtype, *x.shape).zero_()
     grad_biases = [x.new_zeros(len(weight)) for weight in weights]
 
-    def multiply(columns: Tensor, grad_columns: Tensor, results: list[Tensor], frequency: slice) -> None:
-        spectrum = t.x.encode(columns, frequency, room, "A x")
-        grad_spectrum = room("gradient of A x", *spectrum.shape)
+    def multiply(columns: Tensor, results: list[Tensor], frequency: slice) -> list[Tensor]:
+        spectrum = t.x.encode(columns, frequency, "A x")
+        grad_spectrum = room("gradient of A x", x.dtype, *spectrum.shape)
+        of_kernels = []
         for s, (kernel, result) in enumerate(zip(kernels, results, strict=True)):
-            grad = t.y.encode(result, frequency, room, "products")
+            grad = t.y.encode(result, frequency, "products")
+            of_kernels.append(kernel.empty_gradient(frequency))
             for part, transformed in kernel.spectrum(frequency):
                 of_part = grad[part].flatten(1, 3)
                 grad_spectrum[part].flatten(1, 3).baddbmm_(of_part, transformed, beta=int(s > 0))
                 torch.bmm(of_part.mT, spectrum[part].flatten(1, 3), out=transformed)
-                kernel.add_gradient(transformed, frequency, part)
+                kernel.add_part(of_kernels[s], part, transformed)
             if frequency.start == 0:
                 grad_biases[s] += grad[0].sum((0, 1, 2)) * t.area
-        t.x.decode(grad_spectrum, grad_columns, frequency, room)
+        t.x.decode(grad_spectrum, columns, frequency)  # in the place of what was encoded
+        return of_kernels
 
     for samples in t.rounds(len(x)):
-        columns = t.x.gather(x[samples], room, "columns of x")
-        grad_columns = room("gradient of columns of x", *columns.shape)
-        results = [t.y.gather(grad[samples], room, f"columns of y{s}") for s, grad in enumerate(grads)]
-        share(partial(multiply, columns, grad_columns, results), t.frequencies)
-        t.x.scatter(grad_columns, grad_x[samples])
-    return grad_x, share(Kernel.gradient, kernels), grad_biases
+        columns = t.x.gather(x[samples], "columns of x")
+        results = [t.y.gather(grad[samples], f"columns of y{s}") for s, grad in enumerate(grads)]
+        by_frequency = in_order(partial(multiply, columns, results), t.frequencies)
+        for frequency, of_kernels in zip(t.frequencies, by_frequency, strict=True):
+            for kernel, grad in zip(kernels, of_kernels, strict=True):
+                kernel.add_gradient(grad, frequency)
+        t.x.scatter(columns, grad_x[samples])
+    return grad_x, [kernel.gradient() for kernel in kernels], grad_biases
 
 
 def _direct_adjoint(x: Tensor, weights: list[Tensor], grads: list[Tensor]) -> Gradients:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from einops import rearrange
 from spikingjelly.activation_based import base
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .convolution import applies, branch_convolutions
@@ -59,7 +59,8 @@ def _convolutions(branches: list[_Branch], x: Tensor) -> Iterator[Tensor]:
     """What the convolutions of the branches make of their common input, each ``[T, B, C, H, W]``."""
     flat, convs = x.flatten(0, 1), [branch.conv for branch in branches]
     weights = [conv.weight for conv in convs]
-    if functions_work(flat, *weights) and applies(flat, weights, samples=len(x)):
+    plain = all(type(conv).forward is nn.Conv2d.forward and conv.groups == 1 for conv in convs)
+    if plain and functions_work(flat, *weights) and applies(flat, weights, samples=len(x)):
         outputs: Iterable[Tensor] = branch_convolutions(flat, weights, [conv.bias for conv in convs])
     else:
         outputs = (conv(flat) for conv in convs)

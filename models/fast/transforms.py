@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .workers import Rooms, empty, share
+from .workers import empty, room, share
 
 __all__ = ["MOST_HELD", "Kernel", "Transforms", "held", "transforms"]
 
@@ -118,10 +118,10 @@ class _Side:
     length: int  # L of the columns
     of_x: bool  # whose tiles overlap
 
-    def gather(self, image: Tensor, room: Rooms, name: str) -> Tensor:
+    def gather(self, image: Tensor, name: str) -> Tensor:
         """``columns [L, H, J, n, C]`` of ``image [n, C, H, W]``."""
         n, C, H, _ = image.shape
-        columns = room(name, self.length, H, len(self.columns), n, C)
+        columns = room(name, image.dtype, self.length, H, len(self.columns), n, C)
 
         def row(h: int) -> None:
             pixels = image.flatten(0, 1)[:, h]
@@ -142,21 +142,23 @@ class _Side:
 
         share(row, range(columns.shape[1]))
 
-    def encode(self, columns: Tensor, frequency: slice, room: Rooms, name: str) -> Tensor:
+    def encode(self, columns: Tensor, frequency: slice, name: str) -> Tensor:
         """The spectrum ``[R, I, J, n, C]`` of one column frequency."""
         planes = columns[frequency]
         tiles = self.rows[len(planes)]
-        waves = room("waves", len(planes), len(tiles[0].matrix), len(tiles), *columns.shape[2:])
+        waves = room("waves", columns.dtype, len(planes), len(tiles[0].matrix), len(tiles), *columns.shape[2:])
         for i, tile in enumerate(tiles):
             for wave, plane in zip(waves, planes, strict=True):
                 torch.mm(tile.matrix, plane[tile.start : tile.stop].flatten(1), out=wave[:, i].flatten(1))
-        return _combine(waves, room(name, _products(waves.shape[1], len(planes)), *waves.shape[2:]), self.of_x)
+        return _combine(
+            waves, room(name, columns.dtype, _products(waves.shape[1], len(planes)), *waves.shape[2:]), self.of_x
+        )
 
-    def decode(self, spectrum: Tensor, columns: Tensor, frequency: slice, room: Rooms) -> None:
+    def decode(self, spectrum: Tensor, columns: Tensor, frequency: slice) -> None:
         """Into ``columns``; overwrites ``spectrum``."""
         planes = columns[frequency]
         tiles = self.rows[len(planes)]
-        waves = room("waves", len(planes), len(tiles[0].matrix), *spectrum.shape[1:])
+        waves = room("waves", columns.dtype, len(planes), len(tiles[0].matrix), *spectrum.shape[1:])
         _combine_transposed(spectrum, waves, self.of_x)
         if self.of_x:
             planes.zero_()
@@ -218,57 +220,71 @@ held = WeakIdKeyDictionary()  # of a weight: the transforms, its values, and B w
 
 
 class Kernel:
-    """B w of one branch: along the columns at once, along the rows for some of the R products at a time."""
+    """B w of one branch, for one column frequency at a time and some of its R products; and the gradient of w.
 
-    def __init__(self, t: Transforms, weight: Tensor, room: Rooms):
-        self.t, self.weight, self.room = t, weight, room
+    Args:
+        t: the transforms.
+        weight: ``[K, C, k, k]``.
+        hold: in evaluation, B w for all frequencies is kept for the next time that the weight has these values.
+    """
+
+    def __init__(self, t: Transforms, weight: Tensor, hold: bool = False):
+        self.t, self.weight = t, weight
         self.K, self.C, self.k, _ = weight.shape
         self.columns, self.rows = t.of_kernel(self.k)
         self.spectra: dict[int, Tensor] = {}
+        if hold:
+            self._hold()
+        else:
+            held.pop(weight, None)
+        if not self.spectra:
+            self.by_column = weight.permute(3, 2, 0, 1).reshape(self.k, -1)  # [k, k * K * C]
 
-    def prepare(self, backward: bool = False) -> None:
-        """Transform along the columns: ``taps [L, k, K, C]``."""
-        held.pop(self.weight, None)
-        self.taps = empty(self.weight.dtype, len(self.columns), self.k, self.K, self.C)
-        torch.mm(self.columns, self.weight.permute(3, 2, 0, 1).reshape(self.k, -1), out=self.taps.flatten(1))
-        if backward:
-            self.grad_taps = empty(self.taps.dtype, *self.taps.shape).zero_()
-
-    def hold(self) -> None:
-        """Transform all of it, for this and the next evaluation; nothing to do where the weight is as it was."""
+    def _hold(self) -> None:
         t, values, self.spectra = held.get(self.weight, (None, None, {}))
         if t is self.t and torch.equal(values, self.weight):
             return
-        self.spectra = {}
-        self.prepare()
+        held.pop(self.weight, None)
         products = sum(_products(self.t.rows.length, f.stop - f.start) for f in self.t.frequencies)
         others = sum(one.numel() for _, _, spectra in held.values() for one in spectra.values())
-        if others + products * self.K * self.C > MOST_HELD:
-            return
-        whole = share(lambda f: torch.cat([part for _, part in self.spectrum(f)]), self.t.frequencies)
-        self.spectra = {f.start: one for f, one in zip(self.t.frequencies, whole, strict=True)}
-        held[self.weight] = self.t, self.weight.detach().clone(), self.spectra
+        self.spectra = {}
+        if others + products * self.K * self.C <= MOST_HELD:
+            one = Kernel(self.t, self.weight)
+            whole = share(lambda f: torch.cat([part.clone() for _, part in one.spectrum(f)]), self.t.frequencies)
+            self.spectra = {f.start: one for f, one in zip(self.t.frequencies, whole, strict=True)}
+            held[self.weight] = self.t, self.weight.detach().clone(), self.spectra
 
     def spectrum(self, frequency: slice) -> Iterator[tuple[slice, Tensor]]:
-        """Of one column frequency: some of R at a time, and of these ``[part, K, C]``."""
-        if frequency.start in self.spectra:
+        """Some of R at a time, and of these B w, ``[part, K, C]``."""
+        if self.spectra:
             yield slice(None), self.spectra[frequency.start]
             return
-        taps = self.taps[frequency]
-        matrix = self.rows[len(taps)]
+        columns = self.columns[frequency]  # [planes, k]
+        taps = room("taps", self.weight.dtype, len(columns), self.by_column.shape[1])
+        torch.mm(columns, self.by_column, out=taps)
+        matrix = self.rows[len(columns)]
         size = math.ceil(len(matrix) / math.ceil(len(matrix) * self.K * self.C / SPECTRUM))
         for start in range(0, len(matrix), size):
             part = slice(start, min(len(matrix), start + size))
-            spectrum = self.room("B w", part.stop - start, self.K, self.C)
-            torch.mm(matrix[part], taps.flatten(2).flatten(0, 1), out=spectrum.flatten(1))
+            spectrum = room("B w", self.weight.dtype, part.stop - start, self.K, self.C)
+            torch.mm(matrix[part], taps.view(matrix.shape[1], -1), out=spectrum.flatten(1))
             yield part, spectrum
 
-    def add_gradient(self, grad: Tensor, frequency: slice, part: slice) -> None:
-        """``grad`` is that of a part of :meth:`spectrum`."""
-        taps = self.grad_taps[frequency]
-        taps.flatten(2).flatten(0, 1).addmm_(self.rows[len(taps)][part].T, grad.flatten(1))
+    def empty_gradient(self, frequency: slice) -> Tensor:
+        """For :meth:`add_part`: the gradient of the taps of one column frequency, ``[planes * k, K * C]``."""
+        return empty(self.weight.dtype, (frequency.stop - frequency.start) * self.k, self.K * self.C)
+
+    def add_part(self, grad_taps: Tensor, part: slice, grad: Tensor) -> None:
+        """The gradient of a part of :meth:`spectrum`; the first part comes first."""
+        matrix = self.rows[len(grad_taps) // self.k][part]
+        grad_taps.addmm_(matrix.T, grad.flatten(1), beta=int(part.start > 0))
+
+    def add_gradient(self, grad_taps: Tensor, frequency: slice) -> None:
+        """All of one column frequency."""
+        if not hasattr(self, "grad"):
+            self.grad = torch.zeros_like(self.by_column)
+        self.grad.addmm_(self.columns[frequency].T, grad_taps.view(frequency.stop - frequency.start, -1))
 
     def gradient(self) -> Tensor:
         """Of the weight."""
-        grad = self.columns.T @ self.grad_taps.flatten(1)
-        return grad.view(self.k, self.k, self.K, self.C).permute(2, 3, 1, 0).contiguous()
+        return self.grad.view(self.k, self.k, self.K, self.C).permute(2, 3, 1, 0).contiguous()

@@ -1,41 +1,54 @@
-"""Work shared among threads, each of which runs whole operations, and memory for what is in between.
+"""Work shared among threads that run operations of their own, and memory for what is in between.
 
-Torch shares one operation among its threads. Small operations do not share well, and what is summed then depends on the
-number of threads. Here every thread takes operations of its own, so the result is the same for any number.
+Torch shares one operation among its threads. Small operations do not share well, and what they sum in which order can
+depend on the number of threads. Here every operation has one thread, so results are the same for any number.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from threading import Barrier, get_ident
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Rooms", "empty", "share"]
+__all__ = ["empty", "in_order", "room", "share"]
 
 
 def share(work: Callable[[Any], Any], parts: Sequence[Any]) -> list[Any]:
     """``[work(part) for part in parts]`` without gradients, on as many threads as torch may use."""
+    return list(in_order(work, parts))
+
+
+def in_order(work: Callable[[Any], Any], parts: Sequence[Any]) -> Iterator[Any]:
+    """As :func:`share`, but results come as soon as they are there. What takes them has one thread, too."""
     threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
     def alone(part: Any) -> Any:  # modes belong to a thread
         with torch.inference_mode(inference), torch.no_grad():
             return work(part)
 
-    return list((map if threads == 1 else _pool(os.getpid(), threads).map)(alone, parts))
+    if threads == 1:
+        yield from map(alone, parts)
+        return
+    results = _pool(os.getpid(), threads).map(alone, parts)
+    torch.set_num_threads(1)
+    try:
+        yield from results
+    finally:
+        torch.set_num_threads(threads)
 
 
 @cache
 def _pool(process: int, count: int) -> ThreadPoolExecutor:
     """``count`` threads, in each of which torch uses one. A forked process needs its own."""
-    started = Barrier(count + 1)
+    started = threading.Barrier(count + 1)
 
     def start() -> None:
         torch.get_num_threads()  # asked for the first time, a thread takes the number of the process
@@ -51,20 +64,18 @@ def _pool(process: int, count: int) -> ThreadPoolExecutor:
 
 
 def empty(dtype: torch.dtype, *shape: int) -> Tensor:
-    """``torch.empty`` by NumPy, which asks the system for large pages: several times cheaper to use than small ones."""
+    """``torch.empty`` by NumPy, which asks the system for large pages: several times cheaper than small ones."""
     return torch.from_numpy(np.empty(shape, np.float32 if dtype == torch.float32 else np.float64))
 
 
-class Rooms:
-    """Memory by name and thread, used again and again by one call: fresh memory is dear."""
+_rooms = threading.local()
 
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
-        self.kept: dict[tuple[str, int], Tensor] = {}
 
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        """A tensor of this shape, whose values are those of the last use."""
-        key, size = (name, get_ident()), math.prod(shape)
-        if key not in self.kept or len(self.kept[key]) < size:
-            self.kept[key] = empty(self.dtype, size)
-        return self.kept[key][:size].view(shape)
+def room(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Memory of this thread that stays: its values are those of the last use under this name. Fresh memory is dear."""
+    rooms, key, size = vars(_rooms), f"{name} {dtype}", math.prod(shape)
+    if key not in rooms or len(rooms[key]) < size:
+        rooms.pop(key, None)
+        with torch.inference_mode(False):  # it serves training, too
+            rooms[key] = empty(dtype, size)
+    return rooms[key][:size].view(shape)

@@ -107,8 +107,8 @@ def read_azo_record(run: Path) -> tuple[list[int], list[int], dict[str, np.ndarr
     paths = sorted((run / FOLDER).glob("epoch_*.npz"))
     if not paths:
         raise UserError(
-            f"run directory {run} has no record of AZO ({FOLDER}/epoch_*.npz); train with --AZO, and give the "
-            "--output-dir of that run"
+            f"run directory {run} has no record of AZO ({FOLDER}/epoch_*.npz); train with --AZO --record-azo, and "
+            "give the --output-dir of that run"
         )
     shares: dict[str, list[np.ndarray]] = {}
     for path in paths:

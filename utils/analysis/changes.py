@@ -24,7 +24,7 @@ from utils.errors import UserError
 from utils.logger import progress_bar
 from utils.prepare.frames import resized
 
-__all__ = ["CHANGES", "ChangedFrames", "change_table", "changed_accuracies"]
+__all__ = ["CHANGES", "ChangedFrames", "change_table", "changed_accuracies", "check_time"]
 
 Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 SEED = 0
@@ -89,6 +89,24 @@ class ChangedFrames(Dataset):
         return torch.from_numpy(changed).float(), label
 
 
+def check_time(inspected: Inspected) -> None:
+    """Check that the steps of the inputs can be changed.
+
+    Raises:
+        UserError: the network is of images, or has one step.
+    """
+    _frames_with_time(inspected)
+
+
+def _frames_with_time(inspected: Inspected) -> EventFrames:
+    test = inspected.test
+    if not isinstance(test, EventFrames):
+        raise UserError("--time is for event data: the time steps of an image are all the same; leave it out")
+    if test.T < 2:
+        raise UserError("--time needs a network with at least 2 time steps, and this one has 1; leave it out")
+    return test
+
+
 def changed_accuracies(
     inspected: Inspected, process: Process, batch_size: int, num_workers: int, unchanged: Predictions
 ) -> list[dict[str, Any]]:
@@ -103,15 +121,8 @@ def changed_accuracies(
     Returns:
         A row each: ``name``, ``acc1``, its 95 % interval ``low`` and ``high`` (Wilson), and but for the first
         ``change``, ``change_low``, ``change_high`` (percentage points, paired bootstrap) and ``p`` (McNemar, exact).
-
-    Raises:
-        UserError: the network is of images, or has one step.
     """
-    test = inspected.test
-    if not isinstance(test, EventFrames):
-        raise UserError("--time is for event data: the time steps of an image are all the same; leave it out")
-    if test.T < 2:
-        raise UserError("--time needs a network with at least 2 time steps, and this one has 1; leave it out")
+    test = _frames_with_time(inspected)
     rows = [{"name": "as recorded", **_accuracy(unchanged.correct)}]
     for name, predictions in _predictions(test, inspected, process, batch_size, num_workers):
         before, after = unchanged.correct, predictions.correct

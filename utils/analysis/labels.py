@@ -11,7 +11,7 @@ from models.sma import SMA
 from utils.analysis.azo_record import kernel_sizes
 from utils.analysis.operations import GATING
 
-__all__ = ["layer_labels"]
+__all__ = ["layer_labels", "sma_label"]
 
 
 def layer_labels(net: nn.Module) -> dict[str, str]:
@@ -25,7 +25,7 @@ def layer_labels(net: nn.Module) -> dict[str, str]:
     for name, module in net.named_modules():
         place = next((label for prefix, label in branches.items() if name.startswith(prefix)), _place(name))
         if isinstance(module, SMA):
-            labels[name] = f"{place}, SMA"
+            labels[name] = sma_label(name)
             labels |= {f"{name} {part}": f"{place}, SMA {part}" for part in GATING}
             branches |= {f"{name}.S_Convs.{s}.": f"{place}, SMA {k} x {k}" for s, k in enumerate(kernel_sizes(module))}
         elif isinstance(module, nn.Conv2d) and "_attention_conv" not in name:
@@ -41,6 +41,11 @@ def layer_labels(net: nn.Module) -> dict[str, str]:
         number = f" {seen[place, kind]}" if of_kind[place, kind] > 1 else ""
         labels[name] = f"{place} {kind}{number}"
     return labels
+
+
+def sma_label(name: str) -> str:
+    """The label of the SMA of that name."""
+    return f"{_place(name)}, SMA"
 
 
 def _place(name: str) -> str:

@@ -32,7 +32,7 @@ th, td { text-align: left; vertical-align: top; padding: .35rem .75rem .35rem 0;
 th { font-weight: 600 } td { font-variant-numeric: tabular-nums } td.n, th.n { text-align: right; white-space: nowrap }
 td:first-child { min-width: 8rem } ul { padding-left: 1.2rem } li { max-width: 46rem } figure { margin: 1rem 0 }
 .paper { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: .5rem }
-.paper img { display: block; margin: 0 auto; min-width: 30rem; max-width: 100% }
+.paper img { display: block; margin: 0 auto; max-width: 100% }
 """
 
 
@@ -87,7 +87,8 @@ def figure_html(figure: Figure, caption: str) -> str:
     """A figure, on white in the dark, too: the colours of its scales stay what they are."""
     width = round(96 * figure.get_size_inches()[0])
     data = base64.b64encode(svg(figure).encode()).decode()
+    size = f'width="{width}" style="min-width: {min(width, 480)}px"'
     return (
-        f'<figure><div class="paper"><img width="{width}" alt="{escape(caption)}" '
+        f'<figure><div class="paper"><img {size} alt="{escape(caption)}" '
         f'src="data:image/svg+xml;base64,{data}"></div><figcaption>{escape(caption)}</figcaption></figure>'
     )

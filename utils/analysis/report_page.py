@@ -14,7 +14,7 @@ from utils.analysis.azo_record import read_azo_record
 from utils.analysis.changes import change_table
 from utils.analysis.figures import draw_azo, draw_curves, draw_frames, draw_spikes
 from utils.analysis.inspection import Inspected
-from utils.analysis.labels import layer_labels
+from utils.analysis.labels import layer_labels, sma_label
 from utils.analysis.page import figure_html, list_html, page, section, table_html, tiles
 from utils.analysis.predictions import Predictions, sample_path
 from utils.analysis.report_text import (
@@ -89,8 +89,7 @@ def to_html(
     ]  # fmt: skip
     if (run / "azo").is_dir():
         epochs, kernels, shares = read_azo_record(run)
-        labels = layer_labels(inspected.net)
-        drawn = (figure_html(draw_azo(epochs, share, kernels, labels[name]), _AZO) for name, share in shares.items())
+        drawn = (figure_html(draw_azo(epochs, share, kernels, sma_label(name)), _AZO) for name, share in shares.items())
         sections.append(section("What AZO replaced in training", *drawn))
     sections.append(section("About", table_html([["fact", "value"], *about])))
     return page(f"{facts['network'].partition(',')[0]} on {facts['data']}", f"{facts['weights']}", sections)

@@ -144,19 +144,8 @@ def _millions(row: dict[str, float]) -> list[str]:
 
 def to_csv(report: dict[str, Any]) -> str:
     """One row a layer, in the order of the network; the rates of the steps are separated by spaces."""
-    names: tuple[str, ...] = (
-        "layer",
-        "label",
-        "kind",
-        "part",
-        "input",
-        "input_rate",
-        "mac",
-        "ac",
-        "synaptic_operations",
-        "energy_uj",
-    )
-    names += ("neurons", "firing_rate", "firing_rate_of_step")
+    names = ["layer", "label", "kind", "part", "input", "input_rate", "mac", "ac", "synaptic_operations", "energy_uj"]
+    names += ["neurons", "firing_rate", "firing_rate_of_step"]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
     writer.writeheader()

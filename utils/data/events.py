@@ -23,6 +23,7 @@ from utils.prepare.datasets import DATA_SETS, SPLIT_FOLDERS, DataSet
 from utils.prepare.frames import read_frames, resized
 from utils.prepare.job import Job
 from utils.prepare.lock import one_process_at_a_time
+from utils.prepare.own import own_data_set
 from utils.prepare.stages import STAGES
 
 __all__ = ["EventData", "EventFrames", "check_event_data", "flip_and_shift", "load_event_data"]
@@ -106,11 +107,6 @@ class EventData:
     left_out: tuple[BadFile, ...] = ()
 
     @property
-    def split(self) -> str:
-        """The split in words."""
-        return str(self.info)
-
-    @property
     def fingerprint(self) -> str:
         """Of the split: of the names of the samples."""
         return self.info.fingerprint
@@ -137,7 +133,7 @@ def load_event_data(
     """Find (or make, once) the frames of a data set, check them, and split them into train and test.
 
     Args:
-        name: a key of ``DATA_SETS``.
+        name: a key of ``DATA_SETS``; recordings of the user (``utils/prepare/own.py``) are recognised by their folder.
         data_dir: its folder; what must lie there stands at the top of ``utils/prepare/stages.py``.
         T: frames per sample.
         split: one of ``utils.data.splits.RULES`` or a split file; ignored by data with train and test folders, and by
@@ -158,15 +154,16 @@ def load_event_data(
     Raises:
         UserError: nothing usable is there, the message says what to put where; or files are bad, it lists them all.
     """
-    about = DATA_SETS[name]
+    own = None if demo else own_data_set(Path(data_dir))
+    about = own or DATA_SETS[name]
     title = about.title
     if demo:
         title = f"demo gestures laid out as {about.title}"
         data_dir = write_demo(data_dir, "gesture" if about.has_split else "folders", about.sensor, about.demo_classes)
         split = str(data_dir / "split.csv")
     elif all((Path(data_dir) / folder).is_dir() for folder in SPLIT_FOLDERS):
-        about = replace(about, has_split=True, is_split_by_folder=True)
-    official = not (any_archive or demo or sensor_size is not None)
+        about = replace(about, parts=SPLIT_FOLDERS, is_split_by_folder=True)
+    official = not (any_archive or demo or own or sensor_size is not None)
     if sensor_size is not None:
         about = replace(about, sensor=_pair(sensor_size))
     size = _pair(frame_size or about.sensor)
@@ -199,7 +196,7 @@ def _event_data(job: Job, title: str, augment: Augmentation | None, seed: int, d
     official = not (demo or others) and used == about.num_classes and count == (about.samples or count)
     if not (demo or official):
         # Other recordings in its layout, or a part of them: a result on them must not go under its name.
-        title = f"{job.data_dir.resolve().name}, laid out as {about.title}"
+        title = about.title if about.is_own else f"{job.data_dir.resolve().name}, laid out as {about.title}"
     sets = {}
     for part, names in {"train": split.train, "test": split.test}.items():
         files = [(Path(job.frames.files[name].path), job.labels[name]) for name in names]

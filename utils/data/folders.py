@@ -7,7 +7,7 @@ import re
 import stat
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -65,14 +65,22 @@ class Folder:
 
 
 def read_folder(
-    path: Path, suffixes: Sequence[str] = (".npz",), parts: Sequence[str] = (), others_are_bad: bool = True
+    path: Path,
+    suffixes: Sequence[str] = (".npz",),
+    parts: Sequence[str] = (),
+    leave_out: Callable[[str], bool] | None = None,
 ) -> Folder:
     """Find ``<class>/<sample>``, or ``<part>/<class>/<sample>`` for the given parts.
 
     A folder inside a class, a sample outside, another part and everything that :func:`walk` names is bad.
+
+    Args:
+        suffixes: of the samples, in lower case.
+        parts: the folders above the classes.
+        leave_out: tells by the name whether something in ``path`` itself is not looked at.
     """
     found, levels, depth = Folder(path), dict[str, list[File]](), 2 if parts else 1
-    for entry in walk(path, suffixes, depth) if path.is_dir() else ():
+    for entry in walk(path, suffixes, depth, leave_out) if path.is_dir() else ():
         if isinstance(entry, BadFile):
             found.bad.append(entry)
         else:
@@ -80,7 +88,7 @@ def read_folder(
     for inside in sorted(levels, key=lambda inside: inside.replace("/", "\0")):
         files, level = sorted(levels[inside]), inside.count("/") + 1 if inside else 0
         if parts and level and inside.partition("/")[0] not in parts:
-            if level == 1 and others_are_bad:
+            if level == 1:
                 found.bad.append(BadFile(path / inside, f"is neither of the folders {', '.join(parts)}"))
         elif level < depth:
             found.bad += [BadFile(Path(file.path), "does not lie in the folder of a class") for file in files]
@@ -93,7 +101,9 @@ def read_folder(
     return found
 
 
-def walk(folder: Path, suffixes: Sequence[str], depth: int | None = None) -> Iterator[tuple[str, list[File]] | BadFile]:
+def walk(
+    folder: Path, suffixes: Sequence[str], depth: int | None = None, leave_out: Callable[[str], bool] | None = None
+) -> Iterator[tuple[str, list[File]] | BadFile]:
     """Everything below a folder: its folders, by the path in it, with their files, and what is bad.
 
     Hidden names are left out. Links are followed after everything else, and a folder or file that was seen already is
@@ -103,6 +113,7 @@ def walk(folder: Path, suffixes: Sequence[str], depth: int | None = None) -> Ite
     Args:
         suffixes: of the files, in lower case; names are compared in lower case.
         depth: of the deepest folders to look into, 0 is ``folder`` itself; deeper ones are bad. None: any.
+        leave_out: tells by the name whether something in ``folder`` itself is not looked at.
     """
     seen: dict[tuple[int, int], str] = {}  # folders
     numbers, linked_files = array("q"), list[tuple[str, str]]()  # of files: hashes, as there may be millions
@@ -124,7 +135,7 @@ def walk(folder: Path, suffixes: Sequence[str], depth: int | None = None) -> Ite
         files = []
         for entry in found:
             name = entry.name
-            if name.startswith((".", "__MACOSX")):
+            if name.startswith((".", "__MACOSX")) or (leave_out is not None and not inside and leave_out(name)):
                 continue
             is_sample = name.lower().endswith(wanted)
             try:

@@ -102,17 +102,6 @@ class SplitInfo:
     official: bool  # all samples of the data set, and no others
     demo: bool
 
-    def __str__(self) -> str:
-        """In words, for the header of a run and every result."""
-        rule = {
-            "own": "the data set's own",
-            "random": f"random 90/10 in each class, seed {self.seed}",
-            "first90": "the first 90 % of each class",
-            "tebn": "TEBN's: the first 100 of each class to test",
-            "file": f"file {self.file}",
-        }[self.rule]
-        return f"{rule}, fingerprint {self.fingerprint}"
-
 
 def changes(before: str, now: str) -> list[str]:
     """What differs between the manifests (``split.txt``) of two runs: a line for each sample, by its name.
@@ -137,7 +126,7 @@ def changes(before: str, now: str) -> list[str]:
 
 def _samples_of(manifest: str) -> dict[str, str]:
     """``part,class/sample`` to its checksum."""
-    lines = (line.rpartition(",") for line in manifest.splitlines() if line and not line.startswith("#"))
+    lines = (line.rpartition(",") for line in manifest.split("\n") if line and not line.startswith("#"))
     return {name: checksum for name, _, checksum in lines}
 
 

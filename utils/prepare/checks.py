@@ -24,7 +24,7 @@ def check_archives(job: Job) -> None:
     if job.archives and not (job.any_archive or made):
         absent = [name for name in about.archives if name not in job.archives]
         job.bad += [BadFile(root / "download" / name, f"is missing; download it from {about.page}") for name in absent]
-    md5 = published_md5(about.reader)
+    md5 = published_md5(about.reader) if job.archives else {}
     for name, path in job.archives.items():
         try:
             fault = archive_fault(path, md5[name], job.any_archive, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from utils.data.folders import BadFile
 
-__all__ = ["DATA_SETS", "SPLIT_FOLDERS", "DataSet", "frames_name", "sample_name"]
+__all__ = ["DATA_SETS", "SPLIT_FOLDERS", "DataSet", "frames_name", "own_recordings", "sample_name"]
 
 SPLIT_FOLDERS = ("train_dataset", "test_dataset")  # of the published splitters
 
@@ -23,7 +23,6 @@ class DataSet:
     sensor: tuple[int, int]  # H, W
     timesteps: int  # T of its recipe
     split_seed: int  # of its recipe
-    has_split: bool  # its own train and test folders
     num_classes: int
     samples: int | None  # in the official data, where that is certain
     demo_classes: int  # how many of the eleven demo gestures stand in for its classes
@@ -34,17 +33,21 @@ class DataSet:
     sample_names: str  # a pattern: those of its official samples
     class_names: tuple[str, ...] = ()  # where they are known
     rules: tuple[str, ...] = ("random", "first90")  # of its splits
+    parts: tuple[str, ...] = ()  # the folders of training and test, where it has its own split
     is_split_by_folder: bool = False  # frames in SPLIT_FOLDERS, as the published splitters leave them
+    is_own: bool = False  # recordings of the user, in folders of classes
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """The folders above its classes."""
-        if self.is_split_by_folder:
-            return SPLIT_FOLDERS
-        return ("train", "test") if self.has_split else ()
+    def has_split(self) -> bool:
+        """Whether it has its own training and test samples."""
+        return bool(self.parts)
 
     def missing(self, data_dir: Path) -> str:
         """The sentence for a user who has not got it yet."""
+        if self.is_own:
+            return (
+                f"--data-dir {data_dir} has no recordings; put <class>/<recording> there, or train/ and test/ with them"
+            )
         return (
             f"{self.title} is not in --data-dir {data_dir}; download {self._archives_in_words()} from {self.page} into "
             f"{data_dir / 'download'}, or put events_np/ as SpikingJelly makes it there, or try the software without "
@@ -84,7 +87,7 @@ DATA_SETS = {
         sensor=(128, 128),
         timesteps=16,
         split_seed=0,
-        has_split=True,
+        parts=("train", "test"),
         num_classes=11,
         samples=1464,
         demo_classes=11,
@@ -101,7 +104,6 @@ DATA_SETS = {
         sensor=(128, 128),
         timesteps=10,
         split_seed=3404,
-        has_split=False,
         num_classes=10,
         samples=10_000,
         demo_classes=10,
@@ -119,7 +121,6 @@ DATA_SETS = {
         sensor=(180, 240),
         timesteps=14,
         split_seed=3402,
-        has_split=False,
         num_classes=101,
         samples=None,
         demo_classes=11,
@@ -130,6 +131,20 @@ DATA_SETS = {
         page="https://www.garrickorchard.com/datasets/n-caltech101",
     ),
 }
+
+
+def own_recordings(title: str, sensor: tuple[int, int], parts: tuple[str, ...]) -> DataSet:
+    """A folder of a user's recordings.
+
+    Args:
+        title: its name.
+        sensor: (H, W) of the camera.
+        parts: the folders of training and test above the classes, where there are such.
+    """
+    return DataSet(
+        title, "", sensor, timesteps=16, split_seed=0, num_classes=0, samples=None, demo_classes=0, recordings="",
+        suffix="", archives=(), page="", sample_names="", parts=parts, is_own=True,
+    )  # fmt: skip
 
 
 def sample_name(path: Path) -> str:

@@ -107,8 +107,8 @@ def read_record(path: Path) -> Record:
     """What an earlier look at the frames found; nothing where there was none."""
     found: Record = {}
     text = read_text(path) or ""
-    with contextlib.suppress(ValueError):
-        for line in text.removeprefix(_RECORD).splitlines() if text.startswith(_RECORD) else ():
+    with contextlib.suppress(ValueError, TypeError):  # from the first damaged line on, frames are read again
+        for line in text.removeprefix(_RECORD).split("\n")[:-1] if text.startswith(_RECORD) else ():
             size, changed, source_size, source_changed, content, frames, *numbers, name = line.split(" ", 9)
             facts = Facts(content, frames, *map(int, numbers))
             found[name] = Stamp(int(size), int(changed)), Stamp(int(source_size), int(source_changed)), facts

@@ -74,7 +74,7 @@ class Job:
     @property
     def recordings_dir(self) -> Path:
         """Where the recordings lie."""
-        return self.data_dir / "extract" / self.about.recordings
+        return self.data_dir if self.about.is_own else self.data_dir / "extract" / self.about.recordings
 
     @property
     def record(self) -> Path:
@@ -93,7 +93,8 @@ class Job:
 
     def read(self, folder: Path) -> Folder:
         """The samples of a folder of events or frames."""
-        return read_folder(folder, (".npz",), self.about.parts, others_are_bad=folder != self.data_dir)
+        others = (lambda name: name not in self.about.parts) if folder == self.data_dir else None
+        return read_folder(folder, (".npz",), self.about.parts, others)
 
     def in_threads(self, work: Callable[[Item], Result], items: Sequence[Item], what: str) -> list[Result]:
         """``work(item)`` for every item, in order, under a progress bar; an error of one ends it all.

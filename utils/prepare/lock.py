@@ -33,5 +33,6 @@ def one_process_at_a_time(data_dir: Path) -> Iterator[None]:
             raise UserError(f"{path} is not the lock of this program (an empty file); move it away")
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            stack.enter_context(FileLock(path, mode=_EVERY_USER))
+            if data_dir.is_dir():  # a lock would make it
+                stack.enter_context(FileLock(path, mode=_EVERY_USER))
         yield

@@ -33,6 +33,7 @@ from utils.files import read_text, write_text
 from utils.prepare import archives
 from utils.prepare.building import any_file, building_folder, finish, save_arrays
 from utils.prepare.events import extent, read_events
+from utils.prepare.formats import find_any_recordings
 from utils.prepare.frames import Facts, facts_of, read_frames, read_record, resized, write_record
 from utils.prepare.job import Job
 from utils.prepare.recordings import Recording, RecordingError, find_recordings
@@ -57,7 +58,8 @@ def find(job: Job) -> None:
         job.bad += job.frames.bad
         return
     job.archives = archives.find_archives(job.data_dir, job.about.archives)
-    job.recordings, bad = find_recordings(job.recordings_dir, job.about)
+    find_them = find_any_recordings if job.about.is_own else find_recordings
+    job.recordings, bad = find_them(job.recordings_dir, job.about)
     job.events, job.frames = job.read(job.events_dir), job.read(job.frames_dir)
     job.known = read_record(job.record)
     job.bad += bad + job.events.bad + job.frames.bad
