@@ -6,7 +6,7 @@ from torch import nn
 
 from models import SMA
 from models.neurons import multi_dimensional_attention, temporal_wise_attention
-from tools.benchmark_model import FORMS, LAYERS_ALONE, Setting, alternate, make_form, steps_of
+from tools.benchmark_model import DIRECT_CONVOLUTIONS, FORMS, LAYERS_ALONE, Setting, alternate, make_form, steps_of
 
 SMALL = Setting("cpu", 2, (32, 32), 1, "off", False)
 
@@ -17,8 +17,15 @@ def test_every_form_of_a_network_trains_and_evaluates():
         steps, _, flops[form] = steps_of("dvs128", form, Setting(**{**vars(SMALL), "T": 4}))
         for step in steps.values():
             step()
-    assert flops["SMA"] == flops[LAYERS_ALONE] > 9 * flops["no attention"]
+    assert flops["SMA"] == flops[DIRECT_CONVOLUTIONS] == flops[LAYERS_ALONE] > 9 * flops["no attention"]
     assert flops["SMA, depthwise"] < 1.1 * flops["no attention"]
+
+
+def test_every_form_trains_and_evaluates_in_bfloat16():
+    for form in FORMS:
+        steps, _, _ = steps_of("dvs128", form, Setting(**{**vars(SMALL), "T": 4, "amp": "bf16"}))
+        for step in steps.values():
+            step()
 
 
 def test_the_operations_of_a_block_are_those_of_its_branches():
@@ -54,7 +61,7 @@ def test_tasks_alternate_after_one_run_that_does_not_count():
     assert order == list("ababab") and values == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
 
 
-@pytest.mark.parametrize("form", ["SMA", "SMA, direct"])
+@pytest.mark.parametrize("form", ["SMA", DIRECT_CONVOLUTIONS, "SMA, direct"])
 def test_the_direct_form_has_the_same_weights(form):
     one, other = make_form("block", "SMA", 4), make_form("block", form, 4)
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())

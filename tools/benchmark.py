@@ -3,6 +3,7 @@
     python tools/benchmark.py model                            a CPU: SMA-VGG8 of DVS128 Gesture, one sample
     python tools/benchmark.py model --amp fp16 -net block dvs128 cifar10dvs ncaltech101 --runs 10    all rows of a GPU
     python tools/benchmark.py model -net resnet18 --image-size 64 -T 2 -b 8
+    python tools/benchmark.py convolutions --threads 1         where the branches of SMA share one transform: a CPU
     python tools/benchmark.py scaling                          one and two processes
     python tools/benchmark.py images                           decoding and augmentation, one core
     python tools/benchmark.py data                             event frames, one core
@@ -31,6 +32,7 @@ from torchvision.datasets import ImageFolder
 if not __package__:  # run as a file: the modules of the repository are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tools.benchmark_convolutions import benchmark_convolutions
 from tools.benchmark_data import add_data_arguments, benchmark_data
 from tools.benchmark_model import FORMS, SUBJECTS, alternate, benchmark_model, benchmark_scaling
 from utils.analysis.tables import markdown_table
@@ -132,11 +134,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser = SentenceParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     model = commands.add_parser("model", help=benchmark_model.__doc__)
+    convolutions = commands.add_parser("convolutions", help=benchmark_convolutions.__doc__)
     scaling = commands.add_parser("scaling", help=benchmark_scaling.__doc__)
     model.add_argument(
         "--forms", nargs="+", choices=FORMS, metavar="FORM", help=f"next to SMA, of {', '.join(FORMS)}; default: all"
     )
-    model.add_argument("--threads", type=whole(1), metavar="N", help="of a CPU; default: as torch has it")
+    for command in (model, convolutions):
+        command.add_argument("--threads", type=whole(1), metavar="N", help="of a CPU; default: as torch has it")
     for command, size in ((model, None), (scaling, 64)):
         command.add_argument("-net", "--net", nargs="+", choices=SUBJECTS, default=["dvs128"], help="default: dvs128")
         command.add_argument("-b", "--batch-size", type=whole(0), metavar="N",
@@ -153,7 +157,7 @@ def make_parser() -> argparse.ArgumentParser:
     images.add_argument("--count", type=whole(1), default=200, metavar="N", help="images in a run; default: 200")
     data = commands.add_parser("data", help=benchmark_data.__doc__)
     add_data_arguments(data)
-    for command in (model, scaling, images, data):
+    for command in (model, convolutions, scaling, images, data):
         command.add_argument("--runs", type=whole(1), default=3, metavar="N", help="of each task; default: 3")
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     return parser
@@ -164,6 +168,7 @@ def main() -> None:
     args = make_parser().parse_args()
     benchmarks = {
         "model": benchmark_model,
+        "convolutions": benchmark_convolutions,
         "scaling": benchmark_scaling,
         "images": benchmark_images,
         "data": benchmark_data,

@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from utils.errors import UserError, user_input
 __all__ = ["FORMS", "SUBJECTS", "benchmark_model", "benchmark_scaling"]
 
 MOST_SAMPLES = 4096
+DIRECT_CONVOLUTIONS = "SMA, direct convolutions"
 LAYERS_ALONE = "direct convolutions and linear layers alone"
 
 
@@ -71,6 +72,7 @@ SUBJECTS = {
 # Of every subject these forms, as far as it has them.
 FORMS = (
     "SMA",
+    DIRECT_CONVOLUTIONS,
     "SMA, direct",
     LAYERS_ALONE,
     "SMA, depthwise",
@@ -87,7 +89,7 @@ def make_form(name: str, form: str, T: int) -> nn.Module | None:
     """
     torch.manual_seed(0)
     subject = SUBJECTS[name]
-    if form in ("SMA", LAYERS_ALONE):
+    if form in ("SMA", DIRECT_CONVOLUTIONS, LAYERS_ALONE):
         return subject.factory(T=T)
     if form == "SMA, direct":
         return equations_only(subject.factory(T=T))
@@ -141,10 +143,10 @@ def steps_of(name: str, form: str, setting: Setting) -> tuple[dict[str, Step], s
     """``training`` (forward and backward) and ``evaluation`` of a form, its neurons in words, and the operations of a
     forward pass; None where there is no such form.
     """
-    net = make_form(name, form, setting.T)
-    if net is None:
-        return None
     device = torch.device(setting.device)
+    net = make_form(name, form, setting.T)
+    if net is None or (form == DIRECT_CONVOLUTIONS and device.type != "cpu"):  # they are direct anyway
+        return None
     net.to(device)
     backend = select_backend(net, "auto", device)
     if setting.channels_last:
@@ -159,18 +161,32 @@ def steps_of(name: str, form: str, setting: Setting) -> tuple[dict[str, Step], s
     def training() -> None:
         net.train()
         net.zero_grad(set_to_none=True)
-        with setting.autocast():
+        with setting.autocast(), convolutions(form):
             y = net(x)
         scaler.scale(y.float().pow(2).mean()).backward()
         reset_net(net)
 
     def evaluation() -> None:
         net.eval()
-        with torch.inference_mode(), setting.autocast():
+        with torch.inference_mode(), setting.autocast(), convolutions(form):
             net(x)
         reset_net(net)
 
     return {"training": training, "evaluation": evaluation}, str(backend), flops
+
+
+@contextmanager
+def convolutions(form: str) -> Iterator[None]:
+    """SMA's convolutions are direct in ``DIRECT_CONVOLUTIONS``, and otherwise as SMA chooses."""
+    before = os.environ.pop("SMA_CONVOLUTIONS", None)
+    if form == DIRECT_CONVOLUTIONS:
+        os.environ["SMA_CONVOLUTIONS"] = "direct"
+    try:
+        yield
+    finally:
+        os.environ.pop("SMA_CONVOLUTIONS", None)
+        if before is not None:
+            os.environ["SMA_CONVOLUTIONS"] = before
 
 
 def _layers_alone(net: nn.Module, x: Tensor, setting: Setting) -> dict[str, Step]:
@@ -247,8 +263,8 @@ def _measure(
                     "seconds": medians[form],
                     "from": min(seconds[form]),
                     "to": max(seconds[form]),
-                    "x layers alone": _ratio(medians, form, LAYERS_ALONE) if form in ("SMA", "SMA, direct") else None,
-                    "x direct": _ratio(medians, form, "SMA, direct") if form == "SMA" else None,
+                    "x layers alone": _ratio(medians, form, LAYERS_ALONE) if form.startswith("SMA") else None,
+                    "x direct": _ratio(medians, form, "SMA, direct") if form in ("SMA", DIRECT_CONVOLUTIONS) else None,
                     "x no attention": _ratio(medians, form, "no attention"),
                     "peak GiB": None
                     if form == LAYERS_ALONE or kind == "evaluation"
