@@ -281,7 +281,8 @@ def test_a_program_gives_the_logits_of_the_network_for_any_batch(name, tmp_path,
     keywords = {"sma_blocks": "none"} if name == "sma_ms_resnet18" else {}  # with SMA the export takes a minute
     torch.manual_seed(0)
     net = getattr(models, name)(T=4, num_classes=5, width=0.125, AZO=False, **keywords).eval()
-    torch.save({"model": net.state_dict(), "recipe": {"timesteps": 4, "image_size": 32}}, tmp_path / "w.pth")
+    size = {"frame_size": [32, 32]} if name == "VGG8" else {"image_size": 32}
+    torch.save({"model": net.state_dict(), "recipe": {"timesteps": 4, **size}}, tmp_path / "w.pth")
     code, out, error = tool("program", tmp_path / "w.pth", "--output", tmp_path / "w.pt2")
     assert code == 0 and "from the network's: 0\n" in out, error
     program = torch.export.load(tmp_path / "w.pt2").module()

@@ -227,7 +227,10 @@ def test_training_can_start_from_weights(script, gesture_data, tmp_path):
         (["--weights", "page.pth"], "file page.pth is a web page, not weights"),
         (["--weights", "cut.pth"], "file cut.pth is damaged or is no weights file"),
         (["--weights", "T5.pth"], "--timesteps 4 does not fit weights file T5.pth, which was trained with 5"),
-        (["--weights", "classes.pth"], "2 of another shape: others.8.weight [12, 128] instead of [11, 128]"),
+        (
+            ["--weights", "classes.pth"],
+            "has 11 classes and the network 12; give the data that the weights were trained on",
+        ),
         (["--weights", "foreign.pth"], "these are not the weights of an SMA-VGG8; the names begin with weight, bias"),
         (["--output-dir", "file"], "--output-dir file cannot be used: file is a file"),
         (["--epochs", "1.5"], "argument -N/--epochs/--epoch: '1.5' must be a whole number from 1 to 1000000"),

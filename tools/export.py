@@ -126,7 +126,7 @@ def export_program(args: argparse.Namespace) -> None:
     net = build_network(weights, known)
     put_weights(net, weights, args.file)
     table = EVENT_TABLE if isinstance(net, VGG8) else IMAGE_TABLE
-    height_width = args.size or _input_size(args.file, stored_settings(table, known, args.file))
+    height_width = args.size or _input_size(args.file, stored_settings(table, known, args.file), known)
     _check_new(args.output)
     example, batch_axis = _example(net, height_width, batch=2)
     with torch.no_grad(), warnings.catch_warnings(), user_input():
@@ -194,9 +194,11 @@ def _accuracy_in_words(facts: Mapping[str, Any]) -> str:
     return f"acc1 {accuracy['acc1']:.2f} %{counts}, epoch {training_in_words(facts)['epoch']}"
 
 
-def _input_size(path: Path, recipe: Mapping[str, Any]) -> list[int]:
-    """(H, W) of the input in an evaluation, from the recipe."""
+def _input_size(path: Path, recipe: Mapping[str, Any], known: Mapping[str, Any]) -> list[int]:
+    """(H, W) of the input in an evaluation: of the recipe, or of the data that a run trained on."""
     found = next((recipe[n] for n in ("test_crop", "image_size", "frame_size", "sensor_size") if recipe.get(n)), None)
+    if found is None and isinstance(known.get("facts"), Mapping) and isinstance(known["facts"].get("data"), Mapping):
+        found = known["facts"]["data"].get("size")
     if found is None:
         raise UserError(f"file {path} does not say the size of the input; give it as --size, for instance --size 128")
     return found if isinstance(found, list) else [found, found]
