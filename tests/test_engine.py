@@ -2,6 +2,7 @@
 
 import copy
 import math
+import multiprocessing
 import os
 
 import pytest
@@ -223,7 +224,8 @@ def test_top_5_counts_the_label_among_the_five_largest():
 
 def in_processes(count, function, tmp_path):
     """Run ``function(rank, count)`` in real processes of one group; their results in rank order."""
-    mp.spawn(_join_and_run, args=(count, function, str(tmp_path)), nprocs=count)
+    multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])  # imports that all processes share
+    mp.start_processes(_join_and_run, args=(count, function, str(tmp_path)), nprocs=count, start_method="forkserver")
     return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(count)]
 
 
