@@ -2,17 +2,20 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
 
 from tests.conftest import ROOT, SCRIPTS, SMALL
 
 FOREIGN = "foreign files: no link is followed, nothing emptied, no wait for a pipe"
 ONE_RUN = "one output folder, one run: a second is refused and names the first; a kill ends the lock"
+DATA = "data of a run: a change is refused by sample name, older frames are made again"
 SURROUNDINGS = "closed output, readers that go away, locales, long and foreign names, environment: exit codes stay"
 
 # Rows whose cases are tests of other files: file and expression of names.
@@ -23,8 +26,8 @@ ELSEWHERE = {
     },
     ONE_RUN: {"test_files.py": "four_runs or child_of_a_killed or second_run"},
     "a run's results are its own: an evaluation never replaces them": {"test_scripts.py": "evaluat or finished_run"},
-    "data of a run: a change is refused by sample name, older frames are made again": {
-        "test_event_files.py": "changed or older or replaced or split_is_never", "test_scripts.py": "sample",
+    DATA: {
+        "test_event_files.py": "changed or older_than or replaced or split_is_never",
     },
     "weights: not finite, damaged, of another type or shape, containing themselves: refused by name": {
         "test_files.py": "weights or zip or archive or arguments_of or value_of",
@@ -120,6 +123,32 @@ def test_a_training_takes_any_name_or_says_what_is_wrong_with_it(cases, run, tmp
         held += good and "Traceback" not in error
         said += [] if good else [(name, environment, code, error[-300:])]
     cases(tried, held, "" if held == tried else str(said))
+
+
+@pytest.mark.slow
+@pytest.mark.row(DATA)
+def test_a_training_is_not_continued_on_other_samples(cases, run, gesture_data, tmp_path):
+    changes = {
+        "one count": lambda events: {**events, "x": np.where(np.arange(events["x"].size) == 7, 3, events["x"])},
+        "other polarity": lambda events: {**events, "p": 1 - events["p"]},
+        "other order of time": lambda events: {**events, "x": events["x"][::-1], "y": events["y"][::-1]},
+    }
+    held, said = 0, []
+    for number, (kind, change) in enumerate(changes.items()):
+        data, output = tmp_path / f"data_{number}", tmp_path / f"run_{number}"
+        shutil.copytree(gesture_data / "events_np", data / "events_np")
+        assert run(data=data, output=output)[0] == 0
+        path = data / "events_np/train/3/user01_1.npz"
+        with np.load(path) as events:
+            changed = change(dict(events))
+        np.savez(path, **changed)
+        before = {one: one.read_bytes() for one in output.glob("*.pt")}
+        code, error = run(data=data, output=output)
+        good = code == 2 and "3/user01_1" in error and "Traceback" not in error
+        good &= {one: one.read_bytes() for one in output.glob("*.pt")} == before
+        held += good
+        said += [] if good else [(kind, code, error[-300:])]
+    cases(len(changes), held, "" if held == len(changes) else str(said))
 
 
 @pytest.mark.slow
