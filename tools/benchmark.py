@@ -4,6 +4,7 @@
     python tools/benchmark.py model --amp fp16 -net block dvs128 cifar10dvs ncaltech101 --runs 10    all rows of a GPU
     python tools/benchmark.py model -net resnet18 --image-size 64 -T 2 -b 8
     python tools/benchmark.py convolutions --threads 1         where the branches of SMA share one transform: a CPU
+    python tools/benchmark.py parts                            where the time goes: a CPU
     python tools/benchmark.py scaling                          one and two processes
     python tools/benchmark.py images                           decoding and augmentation, one core
     python tools/benchmark.py data                             event frames, one core
@@ -35,6 +36,7 @@ if not __package__:  # run as a file: the modules of the repository are one fold
 from tools.benchmark_convolutions import benchmark_convolutions
 from tools.benchmark_data import add_data_arguments, benchmark_data
 from tools.benchmark_model import FORMS, SUBJECTS, alternate, benchmark_model, benchmark_scaling
+from tools.benchmark_parts import benchmark_parts
 from utils.analysis.tables import markdown_table
 from utils.args import whole
 from utils.data.demo_images import PATTERNS, render_picture
@@ -135,13 +137,14 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     model = commands.add_parser("model", help=benchmark_model.__doc__)
     convolutions = commands.add_parser("convolutions", help=benchmark_convolutions.__doc__)
+    parts = commands.add_parser("parts", help=benchmark_parts.__doc__)
     scaling = commands.add_parser("scaling", help=benchmark_scaling.__doc__)
     model.add_argument(
         "--forms", nargs="+", choices=FORMS, metavar="FORM", help=f"next to SMA, of {', '.join(FORMS)}; default: all"
     )
     for command in (model, convolutions):
         command.add_argument("--threads", type=whole(1), metavar="N", help="of a CPU; default: as torch has it")
-    for command, size in ((model, None), (scaling, 64)):
+    for command, size in ((model, None), (parts, None), (scaling, 64)):
         command.add_argument("-net", "--net", nargs="+", choices=SUBJECTS, default=["dvs128"], help="default: dvs128")
         command.add_argument("-b", "--batch-size", type=whole(0), metavar="N",
                              help="default: 1 on a CPU, the recipe's on a GPU; 0: the largest that fits")  # fmt: skip
@@ -159,6 +162,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_data_arguments(data)
     for command in (model, convolutions, scaling, images, data):
         command.add_argument("--runs", type=whole(1), default=3, metavar="N", help="of each task; default: 3")
+    for command in commands.choices.values():
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     return parser
 
@@ -169,6 +173,7 @@ def main() -> None:
     benchmarks = {
         "model": benchmark_model,
         "convolutions": benchmark_convolutions,
+        "parts": benchmark_parts,
         "scaling": benchmark_scaling,
         "images": benchmark_images,
         "data": benchmark_data,

@@ -229,10 +229,10 @@ def benchmark_model(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     matrix_peak = _matrix_peak(args.amp, device) if device.type == "cuda" else None
     for name in args.net:
         with user_input():
-            yield from _measure(name, forms, _setting(name, args, device), args.runs, matrix_peak)
+            yield from _measure(name, forms, setting_of(name, args, device), args.runs, matrix_peak)
 
 
-def _setting(name: str, args: argparse.Namespace, device: torch.device) -> Setting:
+def setting_of(name: str, args: argparse.Namespace, device: torch.device) -> Setting:
     subject = SUBJECTS[name]
     size = (args.image_size, args.image_size) if args.image_size else subject.size
     default = subject.batch if device.type == "cuda" else 1
@@ -398,7 +398,7 @@ def benchmark_scaling(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise UserError("scaling needs two cores, and this machine has one")
     rows = []
     for name in args.net:
-        setting = _setting(name, args, torch.device("cuda" if on_gpus else "cpu"))
+        setting = setting_of(name, args, torch.device("cuda" if on_gpus else "cpu"))
         seconds = {n: _seconds_of_processes(name, setting, n, args.runs) for n in (1, 2)}
         rows += [
             {
