@@ -44,7 +44,8 @@ ELSEWHERE = {
     },
     SURROUNDINGS: {"test_errors.py": "", "test_distributed.py": "environment or port or minus_one"},
     "command lines and edited JSON: settings in range or a sentence": {
-        "test_command_lines.py": "", "test_files.py": "json", "test_scripts.py": "mistake", "test_compare.py": "sentence",
+        "test_command_lines.py": "", "test_files.py": "json", "test_scripts.py": "mistake",
+        "test_compare.py": "sentence",
     },
     "archives: none unpacks to more than it should or than there is room for": {
         "test_prepare_data.py": "an_archive or damaged_tar or tar_with",
