@@ -44,6 +44,7 @@ def pytest_terminal_summary(terminalreporter):
             row = rows.setdefault(properties["row"], [0, 0, []])
             row[0], row[1] = row[0] + tried, row[1] + min(held, tried if report.passed else held)
             row[2] += [note] if note and note not in row[2] else []
+    rows = {what: row for what, row in rows.items() if row[0]}
     if not rows:
         return
     lines = ["| what must hold | tried | held | |", "|---|---|---|---|"]
