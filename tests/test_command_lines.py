@@ -27,7 +27,7 @@ VALUES = (
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-@settings(max_examples=150, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(words=st.lists(st.sampled_from(FLAGS).flatmap(lambda flag: st.tuples(st.just(flag), VALUES)), max_size=4))
 def test_any_command_line_is_settings_in_range_or_a_sentence(name, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

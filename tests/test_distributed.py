@@ -161,7 +161,9 @@ def append_in(ranks, *words):
         sys.argv += words
 
 
-@pytest.fixture(params=[True, False], ids=["torchrun's store", "the first process's store"])
+@pytest.fixture(
+    params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["torchrun's store", "the first process's store"]
+)
 def store(request):
     """What sets the environment of the launcher, or nothing."""
     if not request.param:
@@ -175,7 +177,7 @@ LOST = "error: another process of the run ended, or did not answer for 4 s"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_mistake_that_one_process_meets_ends_all_and_carries_its_rank(rank, store, run_of_two):
     codes, text = run_of_two(lambda: (store(), append_in(str(rank), "--data-dir", "nowhere")))
     assert codes == [2 if one == rank else 3 for one in range(2)], text
@@ -191,6 +193,7 @@ def test_a_mistake_that_all_processes_meet_is_printed_once(mistake, store, run_o
     assert "rank" not in text and "Traceback" not in text, text
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_mistake_of_one_process_before_all_are_joined_ends_the_others(store, run_of_two):
     codes, text = run_of_two(lambda: (store(), append_in("1", "--weights", "nothing.pth")))

@@ -7,13 +7,13 @@ import itertools
 import json
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
 from utils.versions import machine, versions
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: real processes, or minutes of work")
     config.addinivalue_line("markers", "row(what): the row of the table that a test belongs to")
 
 
@@ -44,20 +44,15 @@ def pytest_terminal_summary(terminalreporter):
             row = rows.setdefault(properties["row"], [0, 0, []])
             row[0], row[1] = row[0] + tried, row[1] + min(held, tried if report.passed else held)
             row[2] += [note] if note and note not in row[2] else []
+    rows = {what: row for what, row in rows.items() if row[0]}
     if not rows:
         return
     lines = ["| what must hold | tried | held | |", "|---|---|---|---|"]
     lines += [f"| {what} | {tried} | {held} | {'; '.join(notes)} |" for what, (tried, held, notes) in rows.items()]
     libraries = ", ".join(f"{name} {version}" for name, version in versions().items())
-    table = "\n".join([*lines, "", f"{machine_name()}, {libraries}.", ""])
+    table = "\n".join([*lines, "", f"{machine(torch.device('cpu'))}, {libraries}.", ""])
     terminalreporter.section("docs/reliability.md")
     terminalreporter.write(table)
     path = ROOT / "output" / "reliability.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text(table, encoding="utf-8")
-
-
-def machine_name():
-    import torch
-
-    return machine(torch.device("cpu"))
