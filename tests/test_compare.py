@@ -99,6 +99,18 @@ def test_runs_of_other_numbers_of_processes_are_no_seeds_of_one_group(tmp_path):
     assert [(group.name, len(group.runs)) for group in groups] == [("global batch 36", 2), ("global batch 9", 1)]
 
 
+def test_seeds_on_copies_of_the_data_are_one_group_and_other_contents_are_not(tmp_path):
+    runs = [write_run(tmp_path / f"{n}", n, [90], data=f"copy{n}, laid out as DVS128 Gesture") for n in range(5)]
+    runs.append(write_run(tmp_path / "other", 9, [90], data="DVS128 Gesture", contents="b"))
+    groups = compare.group_runs([compare.read_run(path) for path in runs])
+    assert [(group.name, len(group.runs)) for group in groups] == [
+        ("copy0, laid out as DVS128 Gesture", 5), ("DVS128 Gesture", 1),
+    ]  # fmt: skip
+    # Frames of another T cannot be compared: the names of the samples decide.
+    runs = [write_run(tmp_path / f"T{n}", n, [90], contents=str(n), timesteps=n) for n in (4, 8)]
+    assert compare.what_differs(compare.group_runs([compare.read_run(path) for path in runs])) == []
+
+
 @pytest.mark.slow
 def test_five_seeds_on_folders_of_their_own_are_one_group(script, gesture_data, tmp_path, monkeypatch, capsys):
     """Runs as the script writes them, on copies of the data; one was continued in another folder."""

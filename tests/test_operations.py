@@ -302,7 +302,7 @@ def test_the_epoch_and_seed_of_an_accuracy_are_known(known, selection, epoch):
 def test_an_accuracy_of_best_pt_says_that_the_test_set_selected_it(
     gesture_data, weights, tmp_path, monkeypatch, capsys
 ):
-    recipe = {"timesteps": 4, "frame_size": [32, 32], "epochs": 9, "seed": 17}
+    recipe = {"timesteps": 4, "frame_size": [32, 32], "epochs": 9, "seed": 17, "AZO": True}
     best = {"epoch": 4, "best": {"epoch": 4, "acc1": 50.0}, "recipe": recipe}
     torch.save({"model": torch.load(weights), **best}, weights.with_name("best.pt"))
     found, out = report_of(weights.with_name("best.pt"), monkeypatch, capsys, "--data-dir", gesture_data)
@@ -312,6 +312,7 @@ def test_an_accuracy_of_best_pt_says_that_the_test_set_selected_it(
         "4 of 9, the best so far (selected on the test set)",
         "17",
     )
+    assert "- AZO: training only" in out.splitlines()
 
 
 def test_a_report_that_cannot_be_written_is_a_sentence(gesture_data, weights, tmp_path, monkeypatch, capsys):

@@ -39,7 +39,17 @@ from utils.errors import SentenceParser, UserError, exit_with_sentence
 from utils.files import check_fields, write_text, writing
 from utils.logger import check_output
 
-__all__ = ["Group", "Run", "differences", "group_runs", "make_parser", "read_run", "sampling_error", "to_markdown"]
+__all__ = [
+    "Group",
+    "Run",
+    "differences",
+    "group_runs",
+    "make_parser",
+    "read_run",
+    "sampling_error",
+    "to_markdown",
+    "what_differs",
+]
 
 Z = 1.96
 # What a result does not depend on, or what is compared by itself (the data, in words).
