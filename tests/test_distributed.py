@@ -106,7 +106,7 @@ def test_what_is_not_deterministic_is_refused_on_a_cpu_only_when_asked():
         order_decides()
 
 
-@pytest.mark.parametrize("name", ["dvs128", "imagenet"])
+@pytest.mark.parametrize("name", ["dvs128", pytest.param("imagenet", marks=pytest.mark.slow)])
 def test_a_deterministic_run_comes_out_the_same_twice(name, script, gesture_data, tmp_path):
     options = [*SMALL, "--data-dir", gesture_data]
     if name == "imagenet":

@@ -237,7 +237,7 @@ def test_a_whole_network_is_its_direct_form():
     torch.testing.assert_close(net(x), direct(x), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("activation", [lif, "relu"], ids=["lif", "relu"])
+@pytest.mark.parametrize("activation", [pytest.param(lif, marks=pytest.mark.slow), "relu"], ids=["lif", "relu"])
 def test_it_compiles_to_one_graph_in_both_modes(activation):
     keywords = {"time": 2, "kernels": [1, 3], "activation": activation, "AZO": True, "RCR": 2, "RTR": 1}
     eager, compiled = make(**keywords), make(**keywords)

@@ -222,6 +222,7 @@ for kernel, tensors, constants in tasks:
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_a_gpu_without_one(tmp_path):
     """To code of an H100, in both layouts, without a fence. A compiler refuses what the interpreter lets pass."""
     environment = {"PATH": "/usr/bin:/bin", "TRITON_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path)}

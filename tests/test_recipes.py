@@ -68,7 +68,21 @@ class Run:
         return max(np.abs(a - b).max() / max(scale, np.abs(b).max()) for a, b, scale in pairs)
 
 
-def test_training_follows_the_published_trajectory_also_when_it_is_resumed(tmp_path):
+def test_training_follows_the_published_trajectory_through_a_checkpoint(tmp_path):
+    expected = np.load(ROOT / "tests/reference/trajectory_dvs128.npz")
+    run = Run(tmp_path)
+    run.train([1])
+    run.checkpoints.save(1, 0.0)
+    resumed = Run(tmp_path)
+    assert resumed.checkpoints.resume("auto") == 1
+    resumed.train([2])
+    np.testing.assert_allclose(run.losses + resumed.losses, expected["losses"][:2], rtol=TOLERANCE)
+    for found, logits in zip(run.logits + resumed.logits, expected["logits"], strict=False):
+        assert np.abs(found.numpy() - logits).max() <= TOLERANCE * max(1.0, np.abs(logits).max())
+
+
+@pytest.mark.slow
+def test_training_follows_the_whole_published_trajectory_also_when_it_is_resumed(tmp_path):
     expected = np.load(ROOT / "tests/reference/trajectory_dvs128.npz")
     run = Run(tmp_path)
     run.train([1, 2])

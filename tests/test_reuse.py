@@ -234,7 +234,10 @@ def test_exported_files_have_the_usual_mode(checkpoint, tmp_path, tool):
         assert (tmp_path / name).stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-@pytest.mark.parametrize(("command", "suffix"), [("weights", ".safetensors"), ("back", ".pt"), ("program", ".pt2")])
+@pytest.mark.parametrize(
+    ("command", "suffix"),
+    [("weights", ".safetensors"), ("back", ".pt"), pytest.param("program", ".pt2", marks=pytest.mark.slow)],
+)
 def test_an_output_that_cannot_be_written_is_a_sentence(command, suffix, checkpoint, tmp_path, tool):
     (tmp_path / f".a{suffix}.partial").mkdir()  # stands in for a folder without the right to write, which root has
     code, _, error = tool(command, checkpoint, "--output", tmp_path / f"a{suffix}")
@@ -276,7 +279,7 @@ def test_an_existing_file_is_not_written_over(checkpoint, tmp_path, tool):
     assert tool("weights", checkpoint, "--output", tmp_path / "a.pt3")[0] == 2
 
 
-@pytest.mark.parametrize("name", ["VGG8", "sma_ms_resnet18"])
+@pytest.mark.parametrize("name", ["VGG8", pytest.param("sma_ms_resnet18", marks=pytest.mark.slow)])
 def test_a_program_gives_the_logits_of_the_network_for_any_batch(name, tmp_path, tool):
     keywords = {"sma_blocks": "none"} if name == "sma_ms_resnet18" else {}  # with SMA the export takes a minute
     torch.manual_seed(0)

@@ -1,6 +1,8 @@
 """The event scripts as a user runs them: every promised file and flag, mistakes, processes, interruption."""
 
+import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -11,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from models import sma_vgg8_cifar10dvs, sma_vgg8_dvs128, sma_vgg8_ncaltech101
 from tests.conftest import ROOT, SCRIPTS, SMALL, rows, same_weights, write_events
@@ -319,6 +322,27 @@ def test_training_on_bad_files_lists_them_all_or_leaves_them_out(script, gesture
     assert code == 2 and "have changed: test,7/user24_0 is new, train,5/user01_0 is new; restore them" in err
 
 
+def test_a_run_that_is_stopped_inside_an_epoch_continues_to_the_bit(script, gesture_data, tmp_path):
+    command = ["dvs128", *SMALL, "--data-dir", gesture_data, "--epochs", 2]
+    steps = itertools.count(1)
+
+    def stop(*_):
+        if next(steps) == 7:  # of 5 an epoch; the run stops after the next one
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handle = register_optimizer_step_post_hook(stop)
+    try:
+        code, _, err = script(*command, "--output-dir", tmp_path / "stopped")
+    finally:
+        handle.remove()
+    assert code == 130 and "stopped by SIGINT; every step is saved" in err
+    code, out, err = script(*command, "--output-dir", tmp_path / "stopped")
+    assert code == 0 and "continuing after epoch 1, step 3 of the next" in out, err
+    assert script(*command, "--output-dir", tmp_path / "whole")[0] == 0
+    assert same_weights(tmp_path / "whole/last.pt", tmp_path / "stopped/last.pt")
+    assert rows(tmp_path / "whole") == rows(tmp_path / "stopped")
+
+
 # Real processes -----------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +378,7 @@ def test_two_processes_train_one_run(launcher, launch, gesture_data, tmp_path):
     assert json.loads((tmp_path / "evaluation.json").read_text())["count"] == 11
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_a_sentence(gesture_data, tmp_path):
     command = [sys.executable, SCRIPTS["dvs128"], *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path]
     process = subprocess.Popen(
