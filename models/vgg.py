@@ -7,12 +7,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from models.fast import in_sequence
 from models.neurons import dropout, lif, per_step
 from models.sma import SMA
 
 __all__ = ["VGG8", "sma_vgg8_cifar10dvs", "sma_vgg8_dvs128", "sma_vgg8_ncaltech101"]
 
 SMALLEST_FRAME = 32  # five poolings by 2 leave one pixel of it
+
+
+class _Block(nn.Sequential):
+    """Its layers one after the other; BatchNorm and neurons in one pass where that gives the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_sequence(self, x)
 
 
 class VGG8(nn.Module):
@@ -64,7 +72,7 @@ class VGG8(nn.Module):
         self.T, self.num_classes, self.sma_blocks = T, num_classes, sma_blocks
         c1, c2, c3, c4, c5, f1, f2 = (max(1, round(n * width)) for n in (64, 128, 256, 512, 512, 2048, 1024))
 
-        def block(number: int, c_in: int, c_out: int) -> nn.Sequential:
+        def block(number: int, c_in: int, c_out: int) -> _Block:
             # Released names depend on the positions: Conv, [SMA], BN, LIF, MaxPool, plain layers one level down.
             layers = [per_step(nn.Conv2d(c_in, c_out, 3, padding=1))]
             if number in sma_blocks:
@@ -73,7 +81,7 @@ class VGG8(nn.Module):
                 form: dict[str, Any] = {"activation": activation, "groups": branch_groups, "recompute": recompute}
                 layers.append(SMA(c_out, T, kernels, C_reduction, T_reduction, **azo, **form))
             layers += [per_step(nn.BatchNorm2d(c_out)), lif(), per_step(nn.MaxPool2d(2))]
-            return nn.Sequential(*layers)
+            return _Block(*layers)
 
         self.block1 = block(1, 2, c1)
         self.block2 = block(2, c1, c2)

@@ -168,6 +168,37 @@ def test_backward_keeps_the_convolutions_outputs_and_bits():
     assert sum(size == whole / 32 for size in sizes.values()) == 2
 
 
+def test_a_block_of_the_network_keeps_no_normalised_map_and_no_potentials():
+    block = sma_vgg8_dvs128(T=4, width=0.25).block1  # 16 channels
+    x = torch.rand(4, 2, 2, 32, 32)
+    sizes = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.update({t.data_ptr(): t.numel() * t.element_size()}) or t, lambda t: t
+    ):
+        block(x)
+    whole = 4 * 2 * 16 * 32 * 32 * 4
+    assert sorted(size for size in sizes.values() if size > whole / 8) == [whole / 2, whole, whole]
+    # of the pooling its indices (8 bytes) and its input, the spikes; of all that comes before, the convolution's output
+
+
+@pytest.mark.parametrize("layer", [1, 2], ids=["bn", "lif"])
+def test_a_hook_in_a_block_of_the_network_sees_the_tensors(layer):
+    torch.manual_seed(0)
+    block = sma_vgg8_dvs128(T=4, width=0.125).double().block4
+    x = torch.randn(4, 2, *block[0][0].weight.shape[1:2], 6, 6, dtype=torch.float64)
+    expected = block(x)
+    reset_net(block)
+    seen = []
+    handle = block[layer].register_forward_hook(lambda _, given, output: seen.append((given[0].clone(), output)))
+    torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
+    handle.remove()
+    [(given, output)] = seen
+    if layer == 1:
+        torch.testing.assert_close(output.mean((0, 1, 3, 4)), block[1][0].bias)
+    else:
+        assert (given >= 1).any() and set(output.unique().tolist()) == {0.0, 1.0}
+
+
 @pytest.mark.parametrize("activation", ["lif", "relu"])
 def test_recomputation_keeps_less_and_changes_no_bit(activation):
     """Two calls, so that the neurons start from potentials and the running statistics from something."""

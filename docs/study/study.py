@@ -116,8 +116,8 @@ COST_COLUMNS = ("data", "variant", "steps", "cpu_ms", "ratio")
 def put_after_convolutions(net: VGG8, make: Callable[[int, int], nn.Module]) -> VGG8:
     """Put an attention ``make(T, channels)`` behind the convolution of blocks 2 and 3 of a network without any."""
     for number in BLOCKS:
-        convolution, *rest = getattr(net, f"block{number}")
-        setattr(net, f"block{number}", nn.Sequential(convolution, make(net.T, convolution[0].out_channels), *rest))
+        block = getattr(net, f"block{number}")
+        block.insert(1, make(net.T, block[0][0].out_channels))
     return net
 
 

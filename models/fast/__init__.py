@@ -19,9 +19,9 @@ import copy
 from torch import nn
 
 from .dispatch import has_kernels
-from .forward import fast_forward
+from .forward import fast_forward, in_sequence
 
-__all__ = ["equations_only", "fast_forward", "has_kernels"]
+__all__ = ["equations_only", "fast_forward", "has_kernels", "in_sequence"]
 
 
 def equations_only(net: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from spikingjelly.activation_based import neuron, surrogate
@@ -17,9 +17,6 @@ try:
     from . import kernels
 except ImportError:  # no Triton on this machine
     kernels = None  # type: ignore[assignment]
-
-if TYPE_CHECKING:
-    from ..sma import _Branch
 
 __all__ = ["fires", "functions_work", "fuses", "has_kernels", "implementation", "is_watched"]
 
@@ -38,15 +35,14 @@ def functions_work(*tensors: Tensor | None) -> bool:
     )
 
 
-def fuses(branch: _Branch, y: Tensor) -> bool:
-    """Whether the BatchNorm and the neurons of a branch of SMA can be one pass over ``y`` ``[T, B, C, H, W]``.
+def fuses(bn: nn.Module, node: Any, y: Tensor) -> bool:
+    """Whether a BatchNorm and the neurons behind it can be one pass over ``y`` ``[T, B, C, H, W]``.
 
     On a GPU without kernels the neurons of SpikingJelly, which may have some, are the faster ones.
     """
-    bn = branch.bn
     return (
-        fires(branch)
-        and not branch.lif.store_v_seq
+        fires(node)
+        and not node.store_v_seq
         and type(bn) is nn.BatchNorm2d
         and bn.affine
         and bn.track_running_stats
@@ -55,9 +51,8 @@ def fuses(branch: _Branch, y: Tensor) -> bool:
     )
 
 
-def fires(branch: _Branch) -> bool:
-    """Whether a branch of SMA ends with a neuron that the fused pass knows, so that its output is 0 or 1."""
-    node: Any = getattr(branch, "lif", None)
+def fires(node: Any) -> bool:
+    """Whether this is a neuron that the fused pass knows, so that its output is 0 or 1."""
     return (
         (type(node) is neuron.LIFNode or getattr(node, "computes_lif", False))
         and isinstance(node.surrogate_function, surrogate.ATan)
@@ -69,10 +64,10 @@ def fires(branch: _Branch) -> bool:
     )
 
 
-def is_watched(branch: _Branch) -> bool:
-    """Whether a hook wants to see what the modules of a branch take and give: then all of them are called."""
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook wants to see what this module or one inside takes and gives: then all of them are called."""
     return torch.nn.modules.module._has_any_global_hook() or any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in branch.modules()
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in module.modules()
     )
 
 

@@ -19,7 +19,7 @@ from .passes import normalize_and_fire, weighted_sum
 if TYPE_CHECKING:
     from ..sma import SMA, _Branch
 
-__all__ = ["fast_forward"]
+__all__ = ["fast_forward", "in_sequence"]
 
 Coded = tuple[Tensor, Tensor]  # features of a scale [T, B, C, H, W], and their mean over H and W [T, B, C]
 
@@ -38,7 +38,21 @@ def fast_forward(sma: SMA, x: Tensor) -> Tensor:
     w_time, w_channel = sma.time_weights(g), sma.channel_weights(g)
     weights = w_time[..., None] * rearrange(w_channel, "s ... b c -> s (...) b c")
     replaced = sma.zoneout(w_time, w_channel)
-    return weighted_sum(features, weights, replaced, are_spikes=all(map(fires, branches)))
+    return weighted_sum(features, weights, replaced, are_spikes=all(fires(_neuron(branch)) for branch in branches))
+
+
+def in_sequence(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """``layers(x)`` on ``[T, B, C, H, W]``, where a BatchNorm in a container and the neurons behind it are one pass."""
+    if is_watched(layers):
+        return nn.Sequential.forward(layers, x)
+    todo = list(layers)
+    while todo:
+        layer = todo.pop(0)
+        if isinstance(layer, nn.Sequential) and len(layer) == 1 and todo and fuses(layer[0], todo[0], x):
+            x, _ = normalize_and_fire(x, layer[0], todo.pop(0))
+        else:
+            x = layer(x)
+    return x
 
 
 def _wants_channels_last(sma: SMA, x: Tensor) -> bool:
@@ -69,10 +83,14 @@ def _convolutions(branches: list[_Branch], x: Tensor) -> Iterator[Tensor]:
 
 def _activate(branch: _Branch, y: Tensor) -> Coded:
     """Normalise ``y``, then the neurons or the ReLU."""
-    if fuses(branch, y):
+    if fuses(branch.bn, _neuron(branch), y):
         return normalize_and_fire(y, branch.bn, branch.lif)
     normalized = branch.bn(y.flatten(0, 1)).unflatten(0, y.shape[:2])
     return _with_mean(branch.lif(normalized) if hasattr(branch, "lif") else branch.act(normalized))
+
+
+def _neuron(branch: _Branch) -> nn.Module | None:
+    return getattr(branch, "lif", None)
 
 
 def _with_mean(features: Tensor) -> Coded:
