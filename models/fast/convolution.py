@@ -47,7 +47,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .transforms import Kernel, Transforms, transforms
+from .transforms import Kernel, Transforms, held, transforms
 from .workers import empty, in_order, room, share
 
 __all__ = ["applies", "branch_convolutions", "estimate"]
@@ -124,6 +124,8 @@ class _SharedTransform(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         N, _, H, W = x.shape
         t = _transforms_of(x, weights)
+        if trains:
+            held.clear()  # a training step needs the memory
         kernels = [Kernel(t, weight, hold=not trains) for weight in weights]
         outputs = [empty(x.dtype, N, len(weight), H, W) for weight in weights]
 

@@ -16,7 +16,7 @@ from .workers import empty, room, share
 __all__ = ["MOST_HELD", "Kernel", "Transforms", "held", "transforms"]
 
 TILE = 16  # outputs of a tile along an axis, at most
-TILES = 128  # in a round, about: what is in between takes memory, but the kernels are transformed in every round
+TILES = 96  # in a round, about: what is in between takes memory, but the kernels are transformed in every round
 SPECTRUM = 2**19  # elements of B w at a time, about: they stay in the cache
 MOST_HELD = 2**28  # elements of B w that are held for evaluation: 1 GiB in float32
 
@@ -216,7 +216,8 @@ def _combine_transposed(spectrum: Tensor, waves: Tensor, of_x: bool) -> None:
         torch.sub(b[ends:], b[2:ends], out=sin[0])
 
 
-held = WeakIdKeyDictionary()  # of a weight: the transforms, its values, and B w by the start of a column frequency
+# Of a weight, from an evaluation to the next training step: the transforms, its values, and B w by column frequency.
+held = WeakIdKeyDictionary()
 
 
 class Kernel:
@@ -235,8 +236,6 @@ class Kernel:
         self.spectra: dict[int, Tensor] = {}
         if hold:
             self._hold()
-        else:
-            held.pop(weight, None)
         if not self.spectra:
             self.by_column = weight.permute(3, 2, 0, 1).reshape(self.k, -1)  # [k, k * K * C]
 
