@@ -1,4 +1,6 @@
-"""tools/benchmark.py model: its forms are the networks that they say, and count what they compute."""
+"""tools/benchmark.py: its forms are the networks that they say, and it counts what they compute."""
+
+import argparse
 
 import pytest
 import torch
@@ -6,7 +8,9 @@ from torch import nn
 
 from models import SMA
 from models.neurons import multi_dimensional_attention, temporal_wise_attention
+from tools import benchmark_convolutions
 from tools.benchmark_model import DIRECT_CONVOLUTIONS, FORMS, LAYERS_ALONE, Setting, alternate, make_form, steps_of
+from tools.benchmark_parts import benchmark_parts
 
 SMALL = Setting("cpu", 2, (32, 32), 1, "off", False)
 
@@ -66,3 +70,28 @@ def test_the_direct_form_has_the_same_weights(form):
     one, other = make_form("block", "SMA", 4), make_form("block", form, 4)
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
     assert any(isinstance(m, nn.Conv2d) for m in other.modules())
+
+
+def test_the_convolutions_have_a_row_for_each_size_with_the_choice_that_sma_makes(monkeypatch):
+    monkeypatch.setattr(benchmark_convolutions, "SIZES", ((2, 4, 12, 12), (16, 128, 64, 64)))
+    monkeypatch.setattr(benchmark_convolutions, "seconds_of", lambda step, device: 0.5)
+    args = argparse.Namespace(threads=None, runs=1)
+    small, large = benchmark_convolutions.benchmark_convolutions(args)
+    assert (small["T, C, H, W"], small["chosen"]) == ("2, 4, 12, 12", "direct")
+    assert (large["chosen"], large["ratio"]) == ("shared", 1)
+    assert large["estimate"] < 0.5 < small["estimate"]
+
+
+def test_the_parts_of_a_step_are_all_of_it(monkeypatch):
+    monkeypatch.setattr("models.fast.forward.applies", lambda *_, **__: True)
+    threads = torch.get_num_threads()
+    args = argparse.Namespace(
+        net=["dvs128"], timesteps=4, image_size=32, batch_size=1, amp="off", channels_last=False, threads=None
+    )
+    training, evaluation = benchmark_parts(args)
+    torch.set_num_threads(threads)
+    for rows in (training, evaluation):
+        shares = {row["part"]: row["share"] for row in rows}
+        assert sum(shares.values()) == pytest.approx(1)
+        assert {"convolutions of the branches: products", "convolutions of the branches: transforms"} <= shares.keys()
+        assert {"BatchNorm and neurons", "weighted sum and AZO", "pooling", "other neurons"} <= shares.keys()

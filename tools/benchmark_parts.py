@@ -17,7 +17,7 @@ __all__ = ["benchmark_parts"]
 # Of an operation, or of the outermost that it is a part of: a word in its name (in this order), and the part.
 PARTS = {
     "_SharedTransform": "convolutions of the branches",
-    "_NormalizeAndFire": "BatchNorm and neurons of the branches",
+    "_NormalizeAndFire": "BatchNorm and neurons",
     "_WeightedSum": "weighted sum and AZO",
     "onvolution": "other convolutions, and those of the branches that are direct",
     "_LIFSequence": "other neurons",
