@@ -110,15 +110,17 @@ def test_a_run_of_another_program_or_without_its_weights_is_refused(tmp_path, mo
     assert code == 2 and '"starts" in' in err and "a run of this version" in err
 
 
-def test_an_epoch_chosen_on_held_out_samples_is_in_its_own_column(tmp_path, results):
+def test_an_epoch_chosen_on_held_out_samples_is_in_its_own_column(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "run")
+    names = ("epoch", "train_loss", "train_acc1", "lr", "seconds", "val_acc1")  # the test set was evaluated once
+    monkeypatch.setattr(ledger, "read_metrics", lambda path: {name: [1.0, 2.0, 3.0] for name in names})
     evaluation = json.loads((run / "evaluation.json").read_text())
-    chosen = {"epoch": 3, "acc1": 62.5, "correct": 5, "selection": "validation"}
-    (run / "evaluation.json").write_text(json.dumps({**evaluation, **chosen}))
+    (run / "evaluation.json").write_text(json.dumps({**evaluation, "selection": "val"}))
     ledger.add(run, "run")
-    assert "|  |  | 62.50 % (5/8), epoch 3 (validation) | 7 |" in ledger.page(
-        ledger.BEGIN + ledger.END, ledger.read_entries()
-    )
+    assert "|  |  | 62.50 % (5/8), epoch 3 (val) | 7 |" in ledger.page(ledger.BEGIN + ledger.END, ledger.read_entries())
+    (run / "evaluation.json").unlink()
+    code, _, err = tool(monkeypatch, capsys, "add", run, "--name", "other", "--unfinished")
+    assert code == 2 and "is not finished and has no result yet" in err
 
 
 def test_the_checksum_is_of_the_tensors_not_of_the_file(tmp_path):
@@ -172,8 +174,12 @@ def test_elsewhere_the_sampling_error_decides(entry, change, words, correct, con
 
 
 def test_other_data_confirm_nothing(entry):
-    confirmed, why = ledger.compare(entry, {**entry, "split": {**entry["split"], "contents": "d"}})
-    assert not confirmed and why == "other data: the contents of the split is d, not c"
+    other = {**entry["split"], "contents": "d"}
+    assert ledger.compare(entry, {**entry, "split": other}) == (False, "other data: contents of the split is d, not c")
+    # An evaluation of photographs does not know those of the training.
+    assert ledger.compare(entry, {**entry, "split": {**other, "train": 0}})[0]
+    confirmed, why = ledger.compare(entry, {**entry, "split": {**other, "train": 0, "test": 9}})
+    assert not confirmed and why == "other data: test of the split is 9, not 8"
 
 
 def test_what_verify_needs_is_a_sentence_and_other_weights_are_not_evaluated(tmp_path, monkeypatch, capsys):

@@ -105,20 +105,24 @@ def entry_of(run: Path) -> dict[str, Any]:
     check_fields(facts, {**_FIELDS, "argv": list}, path, _A_RUN)
     check_fields(facts["args"], {"epochs": int, "seed": int, "demo": bool}, path, _A_RUN)
     epochs, count = facts["args"]["epochs"], facts["split"]["test"]
-    best = max(range(len(metrics["epoch"])), key=metrics["test_acc1"].__getitem__)
-
-    def of(row: int) -> dict[str, Any]:
-        acc1 = metrics["test_acc1"][row]
-        correct = round(acc1 * count / 100)
-        return {"epoch": int(metrics["epoch"][row]), "acc1": acc1, "correct": correct, "count": count}
-
     finished = metrics["epoch"][-1] == epochs and (run / "evaluation.json").exists()
-    result = {**of(-1), "selection": "final", "loss": metrics["test_loss"][-1]}
+    curve = metrics.get("test_acc1")  # none of a run that evaluates the test set once, at its end
+
+    def of(row: int, acc1: float) -> dict[str, Any]:
+        correct = round(acc1 * count / 100)
+        return {"epoch": int(metrics["epoch"][row]), "acc1": 100 * correct / count, "correct": correct, "count": count}
+
+    best = None
+    if curve is not None:
+        result = {**of(-1, curve[-1]), "loss": metrics["test_loss"][-1], "selection": "final"}
+        best = of(max(range(len(curve)), key=curve.__getitem__), max(curve))
+    elif not finished:
+        raise UserError(f"run {run} is not finished and has no result yet; the same command continues it")
     if finished:
         evaluation = read_run_file(run, "evaluation.json")
-        wanted: Fields = {"epoch": int, "correct": int, "loss": float, "selection": str}
+        wanted: Fields = {"epoch": int, "acc1": float, "correct": int, "count": int, "loss": float, "selection": str}
         check_fields(evaluation, wanted, run / "evaluation.json", _A_RUN)
-        result = {name: evaluation[name] for name in result}
+        result = {name: evaluation[name] for name in wanted}
     deviations = {
         name: [value if not isinstance(value, str) else Path(value).name for value in values]
         for name, values in facts["deviations"].items()
@@ -129,9 +133,8 @@ def entry_of(run: Path) -> dict[str, Any]:
         "finished": finished,
         "epochs": epochs,
         "seed": facts["args"]["seed"],
-        # Where held-out samples choose the epoch, the rows of metrics.csv are none of the test set.
         "result": result,
-        "best": of(best) if result["selection"] == "final" else None,
+        "best": best,
         "weights": _checksum_of(run, result["epoch"]),
         **{name: facts[name] for name in _FIELDS},
         "data": {name: value for name, value in facts["data"].items() if name != "folder"},
@@ -301,7 +304,7 @@ def _attention(entry: Mapping[str, Any]) -> str:
 def _accuracies(entry: Mapping[str, Any]) -> list[str]:
     """Of the final epoch, of the best on the test set, and of the one that held-out samples chose."""
     result, best = entry["result"], entry["best"]
-    if result["selection"] == "final":
+    if best is not None:
         return [_in_words(result), f"{_in_words(best)}, epoch {best['epoch']}", ""]
     return ["", "", f"{_in_words(result)}, epoch {result['epoch']} ({result['selection']})"]
 
@@ -331,9 +334,10 @@ def compare(
         entry, again: as :func:`entry_of` gives them; without ``weights`` where the entry's own were evaluated.
         rows, rows_again: their ``metrics.csv``; none of an evaluation.
     """
-    for what in ("fingerprint", "contents"):
+    # An evaluation of photographs reads the test set alone, which has other fingerprints.
+    for what in ("test", "fingerprint", "contents") if again["split"]["train"] else ("test",):
         if entry["split"][what] != again["split"][what]:
-            return False, f"other data: the {what} of the split is {again['split'][what]}, not {entry['split'][what]}"
+            return False, f"other data: {what} of the split is {again['split'][what]}, not {entry['split'][what]}"
     was, found = entry["result"], again["result"]
     first = _first_difference(rows, rows_again)
     same_weights = again.get("weights", entry["weights"]) == entry["weights"]
@@ -397,19 +401,18 @@ def verify(folder: Path, data_dir: Path | None, weights: Path | None) -> tuple[b
     if "DIR" in command and data_dir is None:
         raise UserError(f"entry {folder.name} needs --data-dir DIR, the folder of {entry['data']['title']}")
     command = [str(data_dir.resolve()) if data_dir and word == "DIR" else word for word in command]
+    command += ["--device", "cpu"] * (entry["device"] == "CPU")  # also where there is a GPU
     if weights is not None:
         found = weights_checksum(read_weights(weights)[0])
         if found != entry["weights"]:
-            return (
-                False,
-                f"{weights} holds other weights: their checksum is {found[:16]}..., not {entry['weights'][:16]}...",
-            )
+            return False, f"{weights} holds other weights, of checksum {found[:16]}, not {entry['weights'][:16]}"
         if "--weights" in command:  # those that the training started from
             del command[command.index("--weights") : command.index("--weights") + 2]
         command += ["--evaluate", "--weights", str(weights.resolve())]
     if "FILE" in command:
         raise UserError(
-            f"the run of entry {folder.name} started from a file outside the repository; verify it with --weights FILE"
+            f"entry {folder.name} was made with a file outside the repository, in place of which its command has FILE "
+            f"({' '.join(entry['command'])}); run the command by hand"
         )
     python = [sys.executable, *(["-m", "torch.distributed.run"] if launcher == "torchrun" else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(entry["starts"][-1]["threads"])}
