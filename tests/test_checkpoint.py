@@ -482,3 +482,17 @@ def test_other_versions_of_the_libraries_are_told(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(utils.checkpoint, "versions", lambda: {**now, "torch": "99"})
     assert make(tmp_path)[0].resume("auto") == 1
     assert f"was made with torch {now['torch']}: the last digits may differ" in capsys.readouterr().err
+
+
+def test_a_continued_run_has_the_code_of_all_its_starts(tmp_path):
+    def checkpoints(commit):
+        _, net, optimizer = make(tmp_path)
+        starts = {"starts": [{"commit": commit, "changed": False}]}
+        return Checkpoints(tmp_path, {}, ALONE, net, Progress(ALONE.device), facts=starts, optimizer=optimizer)
+
+    checkpoints("a").save(1, 10.0)
+    for epoch, commit in enumerate("aba", 1):
+        continued = checkpoints(commit)
+        assert continued.resume("auto") == epoch
+        continued.save(epoch + 1, 10.0)
+    assert [one["commit"] for one in continued.facts["starts"]] == ["a", "b"]

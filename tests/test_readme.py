@@ -20,6 +20,7 @@ from tools import (
     check_gpu,
     compare,
     export,
+    ledger,
     plan,
     prepare_data,
     prepare_imagenet,
@@ -42,6 +43,7 @@ PARSERS = {path.name: importlib.import_module(path.stem).SETTINGS.parser("") for
     "tools/report.py": report.make_parser(),
     "tools/visualize.py": visualize.make_parser(),
     "tools/compare.py": compare.make_parser(),
+    "tools/ledger.py": ledger.make_parser(),
     "tools/export.py": export.make_parser(),
     "docs/study/study.py": study.make_parser(),
 }

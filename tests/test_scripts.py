@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from models import sma_vgg8_cifar10dvs, sma_vgg8_dvs128, sma_vgg8_ncaltech101
 from tests.conftest import ROOT, SCRIPTS, SMALL, rows, same_weights, write_events
 from utils.checkpoint import load_weights
+from utils.versions import code, machine
 
 OTHER = {"dvs128": [], "cifar10dvs": ["--RCR", "4"], "ncaltech101": ["--RCR", "4"]}
 
@@ -95,6 +96,9 @@ def test_facts_are_values(script, gesture_data, tmp_path):
         )
         assert network["parameters"] == sum(p.numel() for p in sma_vgg8_dvs128(T=4, width=0.125).parameters())
         assert facts["neurons"]["name"] == "torch" and "torch" in facts["versions"]
+        assert facts["deviations"]["seed"] == [3401, 7] and "lr" not in facts["deviations"]
+        (start,) = facts["starts"]
+        assert start == {**code(), "machine": machine(torch.device("cpu")), "threads": torch.get_num_threads()}
 
 
 def test_an_evaluation_never_replaces_that_of_a_training(script, gesture_data, tmp_path):

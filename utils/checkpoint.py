@@ -249,6 +249,8 @@ class Checkpoints:
                 "give another --output-dir"
             )
         self._load(state, source, same_processes)
+        earlier = state["facts"].get("starts", [])
+        self.facts["starts"] = [*earlier, *(one for one in self.facts.get("starts", []) if one not in earlier)]
         self.best = state["best"]
         self._newest = source
         if self.process.is_first:

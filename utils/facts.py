@@ -20,7 +20,7 @@ from utils.data.images import ImageData
 from utils.distributed import Process
 from utils.engine import AMP_DTYPES
 from utils.networks import TITLES
-from utils.versions import versions
+from utils.versions import code, machine, versions
 
 __all__ = ["facts_of_run", "header", "split_in_words", "training_facts", "training_in_words"]
 
@@ -76,6 +76,8 @@ def facts_of_run(
         "sma_kernels": on_gpu and has_kernels(process.device, half or torch.float32, channels_last=half is not None),
         "device": torch.cuda.get_device_name(process.device) if on_gpu else "CPU",
         "versions": versions(),
+        # A run that continues has those of its earlier starts, too, alike ones once.
+        "starts": [{**code(), "machine": machine(process.device), "threads": torch.get_num_threads()}],
     }
 
 
@@ -108,6 +110,7 @@ def header(args: Namespace, facts: Mapping[str, Any]) -> dict[str, str]:
         "schedule": "" if args.evaluate else f"{args.epochs} epochs, lr {args.lr:g}, seed {args.seed}",
         "weights": str(args.weights) if args.weights is not None else "",
         "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        "code": _code(facts["starts"][-1]),
         "output": str(args.output_dir) if args.output_dir is not None else "",
     }
     return {name: text.strip() for name, text in lines.items() if text.strip()}
@@ -161,6 +164,11 @@ def training_in_words(found: Mapping[str, Any]) -> dict[str, str]:
     if found["epoch"] is None:
         return {"epoch": f"unknown, {kind}", "seed": "unknown", **azo}
     return {"epoch": f"{found['epoch']} of {found['epochs']}{steps}, {kind}", "seed": str(found["seed"]), **azo}
+
+
+def _code(start: Mapping[str, Any]) -> str:
+    changed = " and changed files" if start["changed"] else ""
+    return f"commit {start['commit'][:10]}{changed}" if start["commit"] else ""
 
 
 def _precision(args: Namespace) -> str:

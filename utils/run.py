@@ -102,6 +102,7 @@ class Run:
         processes, published = self.process.world_size, self.settings.published.get("processes")
         if published not in (None, processes) and not self.args.evaluate:
             deviations["processes"] = (published, processes)  # the batch is that of one process
+        self.facts["deviations"] = {name: list(values) for name, values in deviations.items()}
         if self.process.is_first:
             print_header(header(self.args, self.facts), deviations)
 
@@ -131,6 +132,7 @@ class Run:
         )  # fmt: skip
         self._until_the_end.enter_context(one_run(args.output_dir, self.process))
         done = checkpoints.resume(args.resume)
+        self.facts = checkpoints.facts  # with the earlier starts
         if self.process.is_first and (done or self.progress.step):
             print(f"continuing after epoch {done}, step {self.progress.step} of the next", flush=True)
         log = RunLog(args.output_dir, self.process, args.log_dir, self._azo)

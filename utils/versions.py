@@ -1,10 +1,12 @@
-"""What a result was made with: the libraries and the machine."""
+"""What a result was made with: the libraries, this code and the machine."""
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import einops
 import numpy
@@ -12,7 +14,9 @@ import torch
 
 from models.neurons import spikingjelly_version
 
-__all__ = ["machine", "versions"]
+__all__ = ["code", "machine", "versions"]
+
+_ROOT = Path(__file__).resolve().parent.parent
 
 
 def versions() -> dict[str, str]:
@@ -27,6 +31,23 @@ def versions() -> dict[str, str]:
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
+
+
+def code() -> dict[str, Any]:
+    """The ``commit`` of this checkout, and whether a Python file was ``changed`` since; both None without git."""
+    found = _git("rev-parse", "--show-toplevel", "HEAD").splitlines()
+    if len(found) != 2 or Path(found[0]).resolve() != _ROOT:  # unpacked inside another repository
+        return {"commit": None, "changed": None}
+    return {"commit": found[1], "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "*.py"))}
+
+
+def _git(*words: str) -> str:
+    """What git says; nothing where it fails or is not there."""
+    command = ["git", "--no-optional-locks", "-C", str(_ROOT), *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def machine(device: torch.device) -> str:
