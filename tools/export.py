@@ -169,12 +169,12 @@ def _known_of_run(path: Path, known: Mapping[str, Any], evaluation: Path | None)
 
 
 def _evaluation_next_to(path: Path, trained: Mapping[str, Any]) -> dict[str, Any]:
-    """What a script wrote of an evaluation of these weights, or of the final epoch of the run that they end."""
+    """What a script wrote of an evaluation of these weights, or of the run whose final or selected epoch they are."""
     for name in (f"evaluation_of_{path.stem}.json", "evaluation.json"):
         if (file := path.with_name(name)).exists():
             found = _read_evaluation(file)
-            final = found.get("selection") == "final" and "final" in trained["selection"]
-            if found["sha256"] == sha256_of(path) if "sha256" in found else final:
+            theirs = found.get("selection") in trained["selection"].split(" and ")
+            if found["sha256"] == sha256_of(path) if "sha256" in found else theirs:
                 return found
     return {}
 

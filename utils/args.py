@@ -347,6 +347,9 @@ RUN = [
 ]  # fmt: skip
 
 TRAINING = [
+    Setting("--val", "hold out a part of the training samples to select the epoch; the test then comes once", 0.0,
+            group="data", parse=fraction, parser={"metavar": "FRACTION"}, shown="0: none", depends="training",
+            stored=True),
     Setting(
         "--amp", "mixed precision in training", group="training", parser=_AMP, shown="fp16 on a GPU, off on a CPU",
         depends="training",

@@ -111,8 +111,8 @@ def load_inspected(args: argparse.Namespace, process: Process) -> Inspected:
         )
     net = net.to(process.device)
     backend = select_backend(net, args.backend, process.device)
-    only_test = argparse.Namespace(train=None, test=data.test)
-    _, batches = make_loaders(only_test, args.batch_size, args.num_workers, 0, process)
+    only_test = argparse.Namespace(train=None, val=None, test=data.test)
+    *_, batches = make_loaders(only_test, args.batch_size, args.num_workers, 0, process)
     name, keywords = describe_network(weights, known)
     height, width = data.frame_size
     lines = {
@@ -142,6 +142,7 @@ def _event_data(args: argparse.Namespace, net: Any, recipe: Mapping[str, Any], d
         net.T,
         split=about["split"],
         split_seed=about.get("split_seed", DATA_SETS[data_set].split_seed),  # released files have none
+        val=about.get("val", 0.0),
         sensor_size=about["sensor_size"],
         frame_size=about["frame_size"],
         demo=demo,
