@@ -58,7 +58,8 @@ EPOCHS = {"final": "final epoch, %", "best": "best epoch, %", "val": "epoch chos
 # What a result does not depend on, or what is compared by itself (the data, in words).
 _IGNORED = {
     "seed", "data_dir", "output_dir", "log_dir", "resume", "keep_every", "device", "local_rank", "gpu", "num_workers",
-    "evaluate", "backend", "decoder", "timeout", "deterministic", "record_azo", "split", "split_seed", "recompute",
+    "evaluate", "backend", "decoder", "timeout", "deterministic", "record_azo", "tracker", "split", "split_seed",
+    "recompute",
 }  # fmt: skip
 
 

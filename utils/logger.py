@@ -18,6 +18,7 @@ from utils.args import plain, words
 from utils.distributed import Process, fail_together
 from utils.errors import UserError
 from utils.files import occupy, read_text, replacing, write_text, writing
+from utils.tracker import Tracker
 
 __all__ = [
     "COLUMNS",
@@ -44,15 +45,19 @@ class RunLog:
         log_dir: of the TensorBoard events.
         azo: records what AZO replaces; None for no record.
         part: that every epoch is evaluated on, ``"test"`` or ``"val"``.
+        tracker: of ``utils.tracker.TRACKERS``; it gets what TensorBoard gets.
     """
 
     def __init__(
-        self, directory: Path, process: Process, log_dir: Path, azo: AZORecord | None = None, part: str = "test"
-    ):
+        self, directory: Path, process: Process, log_dir: Path, azo: AZORecord | None = None, part: str = "test",
+        tracker: str | None = None,
+    ):  # fmt: skip
         self.directory, self.process, self.log_dir, self.azo, self.part = directory, process, log_dir, azo, part
         self.columns = COLUMNS if part == "test" else COLUMNS + VAL_COLUMNS
         self._rows: dict[int, list[str]] = {}  # of metrics.csv, by epoch
         self._tensorboard: Any = None
+        self._tracker_name = tracker
+        self._tracker: Tracker | None = None
 
     def open(
         self, args: Mapping[str, Any], facts: Mapping[str, Any], epochs_done: int, split: str | None = None,
@@ -87,10 +92,13 @@ class RunLog:
         self._write_rows()
         if self.azo is not None:
             self.azo.start(self.directory, epochs_done)
-        write_json(self.directory / "args.json", {"args": args, **facts, "argv": sys.argv})
+        described = {"args": args, **facts, "argv": sys.argv}
+        write_json(self.directory / "args.json", described)
         if split is not None:
             write_text(self.directory / "split.txt", split)
         self._tensorboard = SummaryWriter(str(self.log_dir), purge_step=epochs_done + 1)
+        if self._tracker_name is not None:
+            self._tracker = Tracker(self._tracker_name, self.directory, _finite(described))
 
     def epoch(
         self, epoch: int, train: Mapping[str, float], found: Mapping[str, float], lr: float, seconds: float
@@ -118,7 +126,7 @@ class RunLog:
             self.azo.write(self.directory, epoch)
 
     def final(self, epoch: int, test: Mapping[str, float]) -> None:
-        """Chart the one evaluation on the test set of a run that holds samples out, at the epoch of its weights."""
+        """Chart the one evaluation on the test set of a run that holds samples out, at its last epoch."""
         if self.process.is_first:
             self._chart(epoch, _charted(test, "test"))
 
@@ -126,6 +134,8 @@ class RunLog:
         for tag, value in values.items():
             self._tensorboard.add_scalar(tag, value, epoch)
         self._tensorboard.flush()
+        if self._tracker is not None:
+            self._tracker.log(values, epoch)
 
     def _write_rows(self) -> None:
         """All of ``metrics.csv``: a kill leaves the old file or the new one."""
@@ -143,9 +153,11 @@ class RunLog:
         return found
 
     def close(self) -> None:
-        """Finish the TensorBoard events."""
+        """Finish the TensorBoard events, and the run at the tracker."""
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._tracker is not None:
+            self._tracker.finish()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

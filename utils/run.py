@@ -140,8 +140,9 @@ class Run:
         done = checkpoints.resume(args.resume)
         if self.process.is_first and (done or self.progress.step):
             print(f"continuing after epoch {done}, step {self.progress.step} of the next", flush=True)
-        log = RunLog(args.output_dir, self.process, args.log_dir, self._azo, self._part)
+        log = RunLog(args.output_dir, self.process, args.log_dir, self._azo, self._part, args.tracker)
         earlier = None if args.resume in ("auto", "never") else Path(args.resume).parent
+        self._until_the_end.callback(log.close)
         log.open(vars(args), self.facts, done, self._manifest, earlier)
         self._training = _Training(checkpoints, log, optimizer, done)
 
@@ -191,8 +192,7 @@ class Run:
         on_test = self._part == "test"
         epoch, selection = (args.epochs, "final") if on_test else (int(best["epoch"]), "val")
         if not on_test:
-            self._training.log.final(epoch, test)
-        self._training.log.close()
+            self._training.log.final(args.epochs, test)
         if not self.process.is_first:
             return
         about = {"epoch": epoch, "selection": selection, "seed": args.seed, "best": best}

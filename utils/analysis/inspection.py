@@ -142,7 +142,7 @@ def _event_data(args: argparse.Namespace, net: Any, recipe: Mapping[str, Any], d
         net.T,
         split=about["split"],
         split_seed=about.get("split_seed", DATA_SETS[data_set].split_seed),  # released files have none
-        val=about.get("val", 0.0),
+        val=0.0 if "split" in args else about.get("val", 0.0),
         sensor_size=about["sensor_size"],
         frame_size=about["frame_size"],
         demo=demo,

@@ -311,7 +311,7 @@ def split(job: Job) -> None:
     else:
         divided = make_split(job.rule, names, job.seed) if job.rule in RULES else read_split(Path(job.rule), names)
     if job.val and divided.val:
-        raise UserError(f"--val {job.val:g}: the split file {job.rule} has val lines already; leave --val out")
+        raise UserError(f"--val {job.val:g}: the split file {job.rule} has val lines already; give --val 0")
     if job.val:
         divided = divided.holding_out(job.val)
     job.bad += _contradictions(divided, job)
