@@ -77,8 +77,9 @@ def main() -> None:
             seed=args.seed,
             leave_out=args.on_bad_image == "skip",
             for_training=not args.evaluate,
+            val=args.val,
         )
-        train_batches, test_batches = make_loaders(
+        train_batches, val_batches, test_batches = make_loaders(
             data, batch_size, args.num_workers, args.seed, run.process, collate=readable, drop_last=False
         )
         torch.manual_seed(args.seed)  # the same first weights in every process
@@ -114,10 +115,11 @@ def main() -> None:
                 trained, run.watch(train_batches, "train"), train_loss, optimizer, scaler, run.device, args.amp,
                 mixup or prepare, args.micro_batches, run.progress,
             )  # fmt: skip
-            test = test_on(evaluated, run.watch(test_batches, "test"))
+            found = test_on(evaluated, run.watch(val_batches, "val"))
             scheduler.step()
-            run.save(train, test)
+            run.save(train, found)
 
+        run.select()
         run.finish(test_on(evaluated, run.watch(test_batches, "test")))
 
 

@@ -73,8 +73,11 @@ def main() -> None:
             frames=args.frames,
             on_bad_sample=args.on_bad_sample,
             num_classes=args.num_classes,
+            val=args.val,
         )
-        train_batches, test_batches = make_loaders(data, args.batch_size, args.num_workers, args.seed, run.process)
+        train_batches, val_batches, test_batches = make_loaders(
+            data, args.batch_size, args.num_workers, args.seed, run.process
+        )
         torch.manual_seed(args.seed)  # the same first weights in every process
         with user_input():
             net = build_model(args, len(data.classes)).to(run.device)
@@ -96,10 +99,11 @@ def main() -> None:
                 trained, run.watch(train_batches, "train"), mse_of_mean, optimizer, scaler, run.device, args.amp,
                 micro_batches=args.micro_batches, progress=run.progress,
             )  # fmt: skip
-            test = evaluate(net, run.watch(test_batches, "test"), mse_of_mean, run.device, amp=args.eval_amp)
+            found = evaluate(net, run.watch(val_batches, "val"), mse_of_mean, run.device, amp=args.eval_amp)
             scheduler.step()
-            run.save(train, test)
+            run.save(train, found)
 
+        run.select()
         run.finish(evaluate(net, run.watch(test_batches, "test"), mse_of_mean, run.device, amp=args.eval_amp))
 
 

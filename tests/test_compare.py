@@ -93,6 +93,26 @@ def test_unlike_runs_are_compared_only_with_a_warning_in_the_table(tmp_path, mon
     assert (tmp_path / "new/compare.md").exists()
 
 
+def test_a_run_with_held_out_samples_stands_in_its_own_column(tmp_path, monkeypatch, capsys):
+    runs = [write_run(tmp_path / "a", 1, [90]), write_run(tmp_path / "b", 2, [80, 70], val=0.1)]
+    metrics, evaluation = runs[1] / "metrics.csv", runs[1] / "evaluation.json"
+    head = "epoch,train_loss,train_acc1,test_loss,test_acc1,lr,seconds,val_loss,val_acc1"
+    metrics.write_text(f"{head}\n1,1,50,,,0.1,2,1,80\n2,1,50,,,0.1,2,1,70\n")
+    evaluation.write_text(json.dumps({**json.loads(evaluation.read_text()), "selection": "val", "acc1": 75.5}))
+    found = json.loads((runs[1] / "args.json").read_text())
+    found["split"]["fingerprint"] = "89abcdef"
+    (runs[1] / "args.json").write_text(json.dumps(found))
+    code, _, err = run_tool(monkeypatch, capsys, compare.main, *runs)
+    assert code == 2 and "differ in split (01234567 / 89abcdef)" in err
+    code, out, _ = run_tool(monkeypatch, capsys, compare.main, *runs, "--unlike", "--csv")
+    assert code == 0 and "| final epoch, % | best epoch, % | epoch chosen on held-out samples, % |" in out
+    assert "| epochs 1, val unset | 1 | 1 | 200 | 90.00 | 90.00 |  | 1 |" in out
+    assert "| epochs 2, val 0.1 | 1 | 2 | 200 |  |  | 75.50 | 1 |" in out
+    assert "sampling error" not in out  # no two accuracies of one kind
+    with (tmp_path / "compare.csv").open(newline="") as file:
+        assert [(row["final_mean"], row["val_mean"]) for row in csv.DictReader(file)] == [("90", ""), ("", "75.5")]
+
+
 def test_runs_of_other_numbers_of_processes_are_no_seeds_of_one_group(tmp_path):
     runs = [write_run(tmp_path / f"{n}", n, [90], batch_size=9, batch=batch) for n, batch in enumerate((36, 36, 9))]
     groups = compare.group_runs([compare.read_run(path) for path in runs])

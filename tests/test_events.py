@@ -299,7 +299,7 @@ def test_augmentation_depends_on_seed_epoch_and_sample_only(folder_data):
 
 
 def batches_of(data, workers, epoch, rank=0, world_size=1):
-    train, test = make_loaders(data, 4, workers, 7, process(rank, world_size))
+    train, _, test = make_loaders(data, 4, workers, 7, process(rank, world_size))
     set_epoch(train, epoch)
     return list(train), list(test)
 
@@ -328,7 +328,7 @@ def test_test_shards_hold_every_sample_once(gesture_data, world_size):
     sampled = [
         index
         for rank in range(world_size)
-        for index in make_loaders(data, 2, 0, 0, process(rank, world_size))[1].sampler
+        for index in make_loaders(data, 2, 0, 0, process(rank, world_size))[2].sampler
     ]
     assert sorted(sampled) == list(range(11))
 

@@ -262,7 +262,7 @@ def test_draws_depend_on_the_epoch_and_not_on_workers_or_what_ran_before(folders
 
     def epoch(number, workers):
         torch.rand(number)  # something else draws in between
-        batches, _ = make_loaders(data, 4, workers, 3, PROCESS, collate=readable)
+        batches, *_ = make_loaders(data, 4, workers, 3, PROCESS, collate=readable)
         set_epoch(batches, number)
         return torch.cat([image for image, _ in batches]), torch.cat([label for _, label in batches])
 
@@ -282,7 +282,7 @@ def test_the_count_of_left_out_images_is_shared_by_the_workers(folders, capfd):
     for number in (0, 1, 2):
         (folders / f"train/n01/{number}.JPEG").write_bytes(b"no image")
     data = load_image_data(folders, 32, leave_out=True)
-    batches, _ = make_loaders(data, 4, 2, 0, PROCESS, collate=readable)
+    batches, *_ = make_loaders(data, 4, 2, 0, PROCESS, collate=readable)
     assert sum(len(labels) for _, labels in batches) == 5
     assert data.train.left_out.value == 3
     assert sorted(line.rsplit(", ", 1)[1] for line in capfd.readouterr().err.splitlines() if "left out" in line) == [

@@ -95,7 +95,7 @@ def test_every_flag_that_is_named_exists(name):
                 parsers += action.choices.values()
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     launcher = {"--nproc_per_node", "--max-restarts", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
-    launcher |= {"--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
+    launcher |= {"--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"} | {"--logdir", "--project"}  # of the trackers
     page = re.sub(r"#SBATCH.*", "", PAGES[name])  # flags of Slurm
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", page))
     assert named <= known | launcher | {"--help"}

@@ -170,12 +170,13 @@ def test_the_translation_has_the_published_probabilities():
 def test_without_drop_last_every_process_takes_its_last_smaller_batch(world_size):
     class Data:
         train = TensorDataset(torch.arange(23))
+        val = None
         test = TensorDataset(torch.arange(5))
 
     seen, sizes = [], set()
     for rank in range(world_size):
         process = Process(rank, rank, world_size, CPU)
-        batches, _ = make_loaders(Data, 4, 0, 0, process, drop_last=False)
+        batches, *_ = make_loaders(Data, 4, 0, 0, process, drop_last=False)
         set_epoch(batches, 1)
         own = [values for (values,) in batches]
         assert len(own) == len(batches)

@@ -10,7 +10,8 @@ Runs that differ only in the seed are one group. Two yardsticks for a difference
 - seed-to-seed error, sqrt(s^2 / n + t^2 / m) from the standard deviations s, t (n - 1) over n, m seeds.
 
 A difference counts as larger than an error where |d| > 1.96 times it (5 % by chance, for many samples or seeds). The
-best epoch is selected on the test set and therefore too good; the final one is not.
+best epoch is selected on the test set and therefore too good; the final one is not. A run with --val has one accuracy:
+that of the epoch which is best on held-out training samples.
 """
 
 from __future__ import annotations
@@ -52,10 +53,13 @@ __all__ = [
 ]
 
 Z = 1.96
+# Which epoch an accuracy on the test set may be of, and the head of its column.
+EPOCHS = {"final": "final epoch, %", "best": "best epoch, %", "val": "epoch chosen on held-out samples, %"}
 # What a result does not depend on, or what is compared by itself (the data, in words).
 _IGNORED = {
     "seed", "data_dir", "output_dir", "log_dir", "resume", "keep_every", "device", "local_rank", "gpu", "num_workers",
-    "evaluate", "backend", "decoder", "timeout", "deterministic", "record_azo", "split", "split_seed", "recompute",
+    "evaluate", "backend", "decoder", "timeout", "deterministic", "record_azo", "tracker", "split", "split_seed",
+    "recompute",
 }  # fmt: skip
 
 
@@ -71,8 +75,7 @@ class Run:
     split: str  # fingerprint
     contents: str  # of the frames, so of T, too
     count: int
-    final: float
-    best: float
+    accuracies: dict[str, float]  # on the test set, by the key of EPOCHS: final and best, or val
     best_epoch: int
 
 
@@ -84,12 +87,12 @@ class Group:
     runs: list[Run]
 
     def mean(self, which: str) -> float:
-        """Mean over the seeds of the ``"final"`` or ``"best"`` accuracy, percent."""
-        return statistics.fmean(getattr(run, which) for run in self.runs)
+        """Mean over the seeds of the accuracy of an epoch, a key of ``EPOCHS``, percent."""
+        return statistics.fmean(run.accuracies[which] for run in self.runs)
 
     def std(self, which: str) -> float | None:
         """Its standard deviation (n - 1); None for one seed."""
-        values = [getattr(run, which) for run in self.runs]
+        values = [run.accuracies[which] for run in self.runs]
         return statistics.stdev(values) if len(values) > 1 else None
 
 
@@ -102,13 +105,15 @@ def read_run(path: Path) -> Run:
     described, metrics = read_run_file(path, "args.json"), read_metrics(path)
     check_fields(described["args"], {"epochs": int, "seed": int}, path / "args.json", "a finished run")
     evaluation = read_run_file(path, "evaluation.json")
-    accuracy = metrics["test_acc1"]
+    selected = evaluation["selection"]
     try:
         settings = {**described["args"], "global batch": described["batch"]["global"]}
         done, epochs = int(metrics["epoch"][-1]), settings["epochs"]
-        if done != epochs or evaluation["selection"] != "final":
+        if done != epochs or selected not in ("final", "val"):
             raise UserError(f"run {path} is not finished: {done} of {epochs} epochs; the same command continues it")
-        best = max(range(len(accuracy)), key=accuracy.__getitem__)
+        curve = metrics["test_acc1" if selected == "final" else "val_acc1"]
+        best = max(range(len(curve)), key=curve.__getitem__)
+        on_test = {"final": curve[-1], "best": curve[best]}
         return Run(
             path=path,
             settings={name: value for name, value in settings.items() if name not in _IGNORED},
@@ -118,8 +123,7 @@ def read_run(path: Path) -> Run:
             split=described["split"]["fingerprint"],
             contents=described["split"]["contents"],
             count=evaluation["count"],
-            final=accuracy[-1],
-            best=accuracy[best],
+            accuracies=on_test if selected == "final" else {"val": evaluation["acc1"]},
             best_epoch=int(metrics["epoch"][best]),
         )
     except (KeyError, TypeError) as error:
@@ -137,7 +141,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """
     together: dict[str, list[Run]] = {}
     for run in runs:
-        key = json.dumps([run.settings, run.layout, run.contents, run.count], sort_keys=True)
+        key = json.dumps([run.settings, run.layout, run.contents, run.count, sorted(run.accuracies)], sort_keys=True)
         together.setdefault(key, []).append(run)
     for alike in together.values():
         for a, b in itertools.combinations(alike, 2):
@@ -163,10 +167,10 @@ def sampling_error(p: float, q: float, count: int, other_count: int) -> float:
 
 
 def differences(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Every pair of groups, final and best epoch: the difference in points and its two errors."""
+    """Every pair of groups, every epoch that both have: the difference in points and its two errors."""
     rows = []
     for a, b in itertools.combinations(groups, 2):
-        for which in ("final", "best"):
+        for which in (which for which in _epochs(a.runs) if which in _epochs(b.runs)):
             d = b.mean(which) - a.mean(which)
             error = sampling_error(a.mean(which), b.mean(which), a.runs[0].count, b.runs[0].count)
             s, t = a.std(which), b.std(which)
@@ -179,6 +183,11 @@ def differences(groups: Sequence[Group]) -> list[dict[str, Any]]:
                 }
             )  # fmt: skip
     return rows
+
+
+def _epochs(runs: Sequence[Run]) -> list[str]:
+    """Which of ``EPOCHS`` runs have an accuracy of."""
+    return [which for which in EPOCHS if any(which in run.accuracies for run in runs)]
 
 
 def what_differs(groups: Sequence[Group]) -> list[str]:
@@ -202,11 +211,11 @@ def _data_differ(runs: Sequence[Run]) -> bool:
 
 def to_markdown(groups: Sequence[Group], unlike: Sequence[str]) -> str:
     """Both tables with what is needed to read them."""
-    head = ["group", "n", "seeds", "test samples", "final epoch, %", "best epoch, %", "best epochs"]
-    table = [head]
+    shown = _epochs([run for group in groups for run in group.runs])
+    table = [["group", "n", "seeds", "test samples", *(EPOCHS[which] for which in shown), "best epochs"]]
     for group in groups:
         seeds, epochs = (", ".join(str(getattr(run, what)) for run in group.runs) for what in ("seed", "best_epoch"))
-        spread = [_mean_and_std(group, which) for which in ("final", "best")]
+        spread = [_mean_and_std(group, which) for which in shown]
         table.append([group.name, str(len(group.runs)), seeds, str(group.runs[0].count), *spread, epochs])
     lines = [
         f"data: {groups[0].runs[0].data}; split: fingerprint {groups[0].runs[0].split}",
@@ -216,7 +225,9 @@ def to_markdown(groups: Sequence[Group], unlike: Sequence[str]) -> str:
     ]
     if unlike:
         lines[0] = f"**Not the same {', '.join(unlike)}: the differences below compare unlike things.**"
-    lines.append("Mean ± standard deviation (n - 1) over seeds. The best epoch is selected on the test set.")
+    on_test = "The best epoch is selected on the test set." if "best" in shown else ""
+    on_val = "Held-out samples are training samples; the test set was evaluated once." if "val" in shown else ""
+    lines.append(" ".join(filter(None, ("Mean ± standard deviation (n - 1) over seeds.", on_test, on_val))))
     if any(len(group.runs) == 1 for group in groups):
         lines.append("A group of one seed has no standard deviation: another seed may give another order.")
     rows = differences(groups)
@@ -240,10 +251,15 @@ def to_csv(groups: Sequence[Group]) -> str:
     """One row a group."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = ["final_mean", "final_std", "best_mean", "best_std"]
+    shown = _epochs([run for group in groups for run in group.runs])
+    names = [f"{which}_{value}" for which in shown for value in ("mean", "std")]
     writer.writerow(["group", "n", "seeds", "test_samples", *names, "best_epochs", "runs"])
     for group in groups:
-        values = [value(group, which) for which in ("final", "best") for value in (Group.mean, Group.std)]
+        values = [
+            value(group, which) if which in _epochs(group.runs) else None
+            for which in shown
+            for value in (Group.mean, Group.std)
+        ]
         seeds, epochs, paths = (
             " ".join(str(getattr(run, what)) for run in group.runs) for what in ("seed", "best_epoch", "path")
         )
@@ -253,6 +269,8 @@ def to_csv(groups: Sequence[Group]) -> str:
 
 
 def _mean_and_std(group: Group, which: str) -> str:
+    if which not in _epochs(group.runs):
+        return ""
     std = group.std(which)
     return f"{group.mean(which):.2f}" + ("" if std is None else f" ± {std:.2f}")
 

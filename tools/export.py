@@ -1,49 +1,63 @@
 """Export trained weights: to safetensors with what is known of them, back to .pt, as a folder for the Hugging Face hub,
-or as a program of torch.export.
+or as a program of torch.export or ONNX.
 
     python tools/export.py weights output/dvs128/last.pt --output sma_azo_vgg8_dvs128.safetensors
     python tools/export.py hub     output/dvs128/last.pt --output sma_azo_vgg8_dvs128
     python tools/export.py show    sma_azo_vgg8_dvs128.safetensors
     python tools/export.py back    sma_azo_vgg8_dvs128.safetensors --output weights.pt
     python tools/export.py program sma_azo_vgg8_dvs128.safetensors --output sma_azo_vgg8_dvs128.pt2 --size 128
+    python tools/export.py program output/dvs128/last.pt --freeze --output frozen.onnx
 
 The metadata of a safetensors file are JSON: network, recipe, epoch and what selected it, accuracy, data, split,
 versions. Its SHA-256 is written next to it (``sha256sum -c NAME.safetensors.sha256``) and checked whenever the file is
 read. All scripts take the file as ``--weights``. The folder of ``hub`` is in the layout of the Hugging Face hub;
 ``models.load`` reads it.
+``program --freeze`` replaces the attention weights of SMA by their means over training samples, and says what it costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 if not __package__:  # run as a file: the modules of the repository are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models import VGG8
+from models import SMA, VGG8
+from models.frozen import freeze
 from models.neurons import reset_net
+from utils.analysis.attention import mean_weights
 from utils.analysis.figures import draw_curves, save
+from utils.analysis.inspection import Inspected, add_data, load_inspected
 from utils.analysis.model_card import model_card
+from utils.analysis.predictions import Collector
 from utils.analysis.runs import read_metrics
-from utils.args import size, stored_settings
+from utils.analysis.statistics import mcnemar, paired_difference
+from utils.args import size, stored_settings, whole
 from utils.checked import write_checked
 from utils.checkpoint import put_weights, read_weights
+from utils.data.loaders import make_loaders
+from utils.distributed import Process, start
+from utils.engine import evaluate
 from utils.errors import SentenceParser, UserError, exit_with_sentence, user_input
 from utils.event_args import TABLE as EVENT_TABLE
 from utils.exported import checksum_file, sha256_of, write_exported
 from utils.facts import training_facts, training_in_words
 from utils.files import Fields, read_json, replacing, write_text, writing
 from utils.image_args import TABLE as IMAGE_TABLE
+from utils.logger import progress_bar
 from utils.networks import build_network, describe_network
 from utils.versions import versions
 
@@ -121,13 +135,16 @@ def show(args: argparse.Namespace) -> None:
 
 
 def export_program(args: argparse.Namespace) -> None:
-    """Write the network in evaluation as a program of torch.export, for any batch, and run it once."""
+    """Write the network in evaluation as a program of torch.export (.pt2) or ONNX (.onnx), and run it once."""
+    if args.output.suffix == ".onnx":
+        _check_onnx(args.output)
     weights, known = read_weights(args.file)
     net = build_network(weights, known)
     put_weights(net, weights, args.file)
     table = EVENT_TABLE if isinstance(net, VGG8) else IMAGE_TABLE
     height_width = args.size or _input_size(args.file, stored_settings(table, known, args.file), known)
     _check_new(args.output)
+    frozen = _freeze(net, args) if args.freeze else {}
     example, batch_axis = _example(net, height_width, batch=2)
     with torch.no_grad(), warnings.catch_warnings(), user_input():
         # It warns of the membrane potentials. Every call of the program starts from 0, which is what is wanted.
@@ -136,13 +153,15 @@ def export_program(args: argparse.Namespace) -> None:
             net, (example,), dynamic_shapes=({batch_axis: torch.export.Dim("B", min=1)},), strict=False
         )
     shape = ["B" if axis == batch_axis else length for axis, length in enumerate(example.shape)]
-    facts = {**{name: known[name] for name in _OF_A_RUN if name in known}, "input": shape}
-    content = io.BytesIO()  # torch aborts the process where it cannot write to a file
-    torch.export.save(program, content, extra_files={"sma.json": json.dumps(facts)})
+    facts = {**{name: known[name] for name in _OF_A_RUN if name in known}, "input": shape, **frozen}
+    to_bytes, run = (_onnx, _run_onnx) if args.output.suffix == ".onnx" else (_pt2, _run_pt2)
+    content = to_bytes(program, json.dumps(facts))
     with writing(f"--output {args.output}"), replacing(args.output) as file:
-        file.write(content.getbuffer())
-        file.seek(0)
-        difference = _difference(net, file, height_width)
+        file.write(content)
+    example, _ = _example(net, height_width, batch=3)
+    reset_net(net)
+    with torch.no_grad():
+        difference = (run(args.output, example) - net(example)).abs().max().item()
     print(f"{args.output}: input {shape}; largest difference of its logits from the network's: {difference:g}")
 
 
@@ -169,12 +188,12 @@ def _known_of_run(path: Path, known: Mapping[str, Any], evaluation: Path | None)
 
 
 def _evaluation_next_to(path: Path, trained: Mapping[str, Any]) -> dict[str, Any]:
-    """What a script wrote of an evaluation of these weights, or of the final epoch of the run that they end."""
+    """What a script wrote of an evaluation of these weights, or of the run whose final or selected epoch they are."""
     for name in (f"evaluation_of_{path.stem}.json", "evaluation.json"):
         if (file := path.with_name(name)).exists():
             found = _read_evaluation(file)
-            final = found.get("selection") == "final" and "final" in trained["selection"]
-            if found["sha256"] == sha256_of(path) if "sha256" in found else final:
+            theirs = found.get("selection") in trained["selection"].split(" and ")
+            if found["sha256"] == sha256_of(path) if "sha256" in found else theirs:
                 return found
     return {}
 
@@ -211,13 +230,71 @@ def _example(net: nn.Module, height_width: list[int], batch: int) -> tuple[Tenso
     return torch.rand(*shape, *height_width, generator=generator), axis
 
 
-def _difference(net: nn.Module, file: BinaryIO, height_width: list[int]) -> float:
-    """The largest difference between the logits of the network and of its program, on another batch."""
-    example, _ = _example(net, height_width, batch=3)
-    reset_net(net)
-    with torch.no_grad():
-        found = torch.export.load(file).module()(example)
-        return (found - net(example)).abs().max().item()
+def _freeze(net: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
+    """Freeze every SMA of ``net``, and say what it costs on the test set: the facts of it."""
+    with start(args.device, None) as process:
+        inspected = load_inspected(argparse.Namespace(weights=args.file, **vars(args)), process, training=True)
+        if not any(isinstance(module, SMA) for module in net.modules()):
+            raise UserError(f"--freeze: the network of {args.file} has no SMA; leave --freeze out")
+        train: Any = inspected.train
+        chosen = range(0, len(train), -(-len(train) // args.samples))
+        found = argparse.Namespace(train=None, val=None, test=Subset(train, chosen))
+        *_, batches = make_loaders(found, args.batch_size, args.num_workers, 0, process)
+        means = mean_weights(inspected.net, progress_bar(batches, "means", process), inspected.prepare, process.device)
+        before = _correct(inspected, process)
+        freeze(inspected.net, {name: weights.to(process.device) for name, weights in means.items()})
+        after = _correct(inspected, process)
+    freeze(net, means)
+    change, low, high = (100 * value for value in paired_difference(before, after))
+    lost, won, p = int((before & ~after).sum()), int((~before & after).sum()), mcnemar(before, after)
+    was, now, count = int(before.sum()), int(after.sum()), len(before)
+    print(
+        f"frozen: means over {len(chosen)} of {len(train)} training samples; on the test set {was} of {count} correct "
+        f"before and {now} after\n{change:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}; {lost} samples lost "
+        f"and {won} won, p = {p:.2g} (McNemar)"
+    )
+    frozen = {"samples": len(chosen), "correct_before": was, "correct": now, "count": count, "lost": lost, "won": won}
+    return {"frozen": {**frozen, "change": change, "change_low": low, "change_high": high, "p": p}}
+
+
+def _correct(inspected: Inspected, process: Process) -> np.ndarray:
+    """Whether each test sample is correct, ``[N]`` bool."""
+    collector, batches = Collector(), progress_bar(inspected.batches, "test", process)
+    evaluate(inspected.net, batches, collector, process.device, inspected.prepare)
+    return collector.result().correct
+
+
+def _pt2(program: torch.export.ExportedProgram, facts: str) -> bytes:
+    content = io.BytesIO()  # torch aborts the process where it cannot write to a file
+    torch.export.save(program, content, extra_files={"sma.json": facts})
+    return content.getvalue()
+
+
+def _run_pt2(path: Path, example: Tensor) -> Tensor:
+    return torch.export.load(path).module()(example)
+
+
+_ONNX = ("onnx", "onnxscript", "onnxruntime")
+
+
+def _check_onnx(path: Path) -> None:
+    missing = [name for name in _ONNX if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--output {path} needs {', '.join(missing)}: pip install {' '.join(_ONNX)}, or choose .pt2")
+
+
+def _onnx(program: torch.export.ExportedProgram, facts: str) -> bytes:
+    made = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert made is not None
+    made.model.metadata_props["sma"] = facts
+    return made.model_proto.SerializeToString()
+
+
+def _run_onnx(path: Path, example: Tensor) -> Tensor:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: example.numpy()})[0])
 
 
 def _check_new(path: Path) -> None:
@@ -250,8 +327,12 @@ def make_parser() -> argparse.ArgumentParser:
     hub.add_argument("--license", metavar="NAME", help="of the weights, for the model card (default: none)")
     add("show", show, None)
     add("back", export_back, "a new .pt file")
-    program = add("program", export_program, "a new .pt2 file")
+    program = add("program", export_program, "a new .pt2 or .onnx file")
     program.add_argument("--size", type=size(32), metavar="N|HxW", help="of the input (default: the recipe's)")
+    program.add_argument("--freeze", action="store_true", help="replace the weights of SMA by their means")
+    program.add_argument("--samples", type=whole(1), default=1000, metavar="N",
+                         help="training samples for the means, evenly spread (default: 1000)")  # fmt: skip
+    add_data(program, "data, with --freeze")
     return parser
 
 

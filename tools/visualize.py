@@ -13,18 +13,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 if not __package__:  # run as a file: the modules of the repository are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import SMA
-from models.neurons import reset_net
+from utils.analysis.attention import watch_attention
 from utils.analysis.azo_record import kernel_sizes, read_azo_record
 from utils.analysis.figures import draw_attention, draw_azo, draw_curves, draw_frames, draw_spikes, save
 from utils.analysis.inspection import Inspected, add_inspection, load_inspected
@@ -119,32 +117,18 @@ def show_spikes(args: argparse.Namespace) -> None:
         print(f"{path} shows {', '.join(maps)}")
 
 
-@torch.inference_mode()
 def mean_attention(inspected: Inspected, process: Process) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The weights of every SMA over the test set: name to mean ``w_T [S, T]``, its standard deviation, mean
     ``w_C [S, T, C]``; sums only, of all processes.
     """
-    modules = {name: module for name, module in inspected.net.named_modules() if isinstance(module, SMA)}
     sums: dict[str, list[Tensor]] = {}
 
-    def observe(name: str, w_time: Tensor, w_channel: Tensor, _replaced: Tensor | None) -> None:
-        w_time, w_channel = w_time.double(), w_channel.double()
-        per_step = w_channel if w_channel.ndim == 4 else w_channel[:, None].expand(-1, w_time.shape[1], -1, -1)
-        new = [w_time.sum(2), w_time.square().sum(2), per_step.sum(2)]
+    def see(name: str, w_time: Tensor, w_channel: Tensor) -> None:
+        new = [w_time.sum(2), w_time.square().sum(2), w_channel.sum(2)]
         sums[name] = [old + more for old, more in zip(sums[name], new, strict=True)] if name in sums else new
 
-    for name, module in modules.items():
-        module.observer = partial(observe, name)
-    count = 0
-    try:
-        for samples, labels in progress_bar(inspected.batches, "test", process):
-            inputs, _ = inspected.prepare(samples.to(process.device), labels)
-            inspected.net(inputs)
-            reset_net(inspected.net)
-            count += len(labels)
-    finally:
-        for module in modules.values():
-            module.observer = None
+    batches = progress_bar(inspected.batches, "test", process)
+    count = watch_attention(inspected.net, batches, inspected.prepare, process.device, see)
     (total,) = sum_over_processes([count])
     result = {}
     for name, parts in sums.items():

@@ -22,6 +22,7 @@ from utils.checkpoint import read_weights
 from utils.distributed import processes_here
 from utils.errors import SentenceParser, UserError
 from utils.networks import settings_of_weights
+from utils.tracker import TRACKERS, check_tracker
 
 __all__ = [
     "RUN",
@@ -329,6 +330,8 @@ def _count(metavar: str = "N", least: int = 0, most: int = int(_LARGEST)) -> dic
 RUN = [
     Setting("--model-output-dir --output-dir", "folder of the run", shown="output/<data set>", **_file("DIR")),
     Setting("--log-dir", "folder for TensorBoard events", shown="the output directory", **_file("DIR")),
+    Setting("--tracker", "also log to this tracker, a package that you install", shown="none",
+            parser={"choices": TRACKERS}),
     Setting("--weights", "start from these weights, or evaluate them", depends="training", **_file("FILE")),
     Setting("--evaluate", "evaluate --weights and stop", False, parser=_on, shown=""),
     Setting("--resume", "continue the run in the output directory", "auto", parser={"metavar": "auto|never|FILE"}),
@@ -347,6 +350,9 @@ RUN = [
 ]  # fmt: skip
 
 TRAINING = [
+    Setting("--val", "hold out a part of the training samples to select the epoch; the test then comes once", 0.0,
+            group="data", parse=fraction, parser={"metavar": "FRACTION"}, shown="0: none", depends="training",
+            stored=True),
     Setting(
         "--amp", "mixed precision in training", group="training", parser=_AMP, shown="fp16 on a GPU, off on a CPU",
         depends="training",
@@ -378,6 +384,8 @@ def complete(args: argparse.Namespace, data_set: str, run: str) -> None:
     args.data_dir = args.data_dir or (demo_data if args.demo else Path("data") / data_set)
     args.output_dir = args.output_dir or (None if args.evaluate else run_dir)
     args.log_dir = args.log_dir or args.output_dir
+    if not args.evaluate:
+        check_tracker(args.tracker)
     args.AZO = args.AZO and not args.evaluate  # for training only: its divisors must not matter in an evaluation
     if args.num_workers is None:
         args.num_workers = _workers()

@@ -25,6 +25,7 @@ __all__ = ["Checkpoints", "load_weights", "put_weights", "read_weights"]
 FORMAT = 4  # 3: one dropout mask a step, another ImageNet schedule, another --decay
 _WRAPPERS = ("model", "net", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
+_SAMPLES = ("split_fingerprint", "samples")  # of a recipe
 _MAY_BEGIN_LATER = "azo"  # the record of what AZO replaces changes nothing in a run
 # As this program writes them; anything else under these names is ignored.
 _KINDS = {
@@ -208,12 +209,14 @@ class Checkpoints:
                 )
             state, checksum = self._read(source)
         self._agree((*_position(state), checksum))
+        there = {"val": 0.0, **state["recipe"]}  # of a run from before there was --val
         differing = [
-            f"{key} is {state['recipe'].get(key)} there and {value} here"
+            f"{key} is {there.get(key)} there and {value} here"
             for key, value in self.recipe.items()
-            if state["recipe"].get(key) != value
+            if there.get(key) != value
         ]
-        if differing and state["recipe"].get("samples") != self.recipe.get("samples") and self.manifest is not None:
+        settings = {key: value for key, value in self.recipe.items() if key not in _SAMPLES}
+        if differing and self.manifest is not None and all(there.get(key) == settings[key] for key in settings):
             before = read_text(source.with_name("split.txt"))
             if before is not None and (changed := changes(before, self.manifest)):
                 raise UserError(
@@ -320,6 +323,11 @@ class Checkpoints:
     def save_inside(self, epochs_done: int) -> None:
         """Save in the middle of the epoch after ``epochs_done``, with its progress."""
         self._save(epochs_done)
+
+    @property
+    def best_file(self) -> Path:
+        """The checkpoint of the best epoch."""
+        return self.directory / "best.pt"
 
     def save(self, epoch: int, acc1: float) -> None:
         """Save ``last.pt`` after ``epoch`` epochs, and ``best.pt`` where ``acc1`` (percent) is the best so far.

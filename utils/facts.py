@@ -28,6 +28,8 @@ _SELECTIONS = {
     "final": "the final one",
     "best": "the best so far (selected on the test set)",
     "final and best": "the final one, also the best on the test set",
+    "val": "the best so far on held-out training samples",
+    "final and val": "the final one, also the best on held-out training samples",
     "none": "neither the final nor the best one",
     "unknown": "perhaps selected on the test set",
 }
@@ -92,6 +94,7 @@ def header(args: Namespace, facts: Mapping[str, Any]) -> dict[str, str]:
     extras = ", ".join(name.replace("_", " ") for name in ("mixup", "channels_last") if getattr(args, name, False))
     ema = f"EMA {args.ema:g}" if getattr(args, "ema", 0) else ""
     training = f"{split['train']} training, " if split["train"] else ""
+    training += f"{split['val']} held out, " if split["val"] else ""
     lines = {
         "data": f"{data['title']}, in {data['folder']}",
         "samples": f"{training}{split['test']} test, {split['classes']} classes",
@@ -125,7 +128,8 @@ def split_in_words(split: Mapping[str, Any]) -> str:
         "first90": "the first 90 % of each class",
         "tebn": "TEBN's: the first 100 of each class to test",
     }.get(split["rule"], f"file {split.get('file')}")
-    return f"{rule}, fingerprint {split['fingerprint']}"
+    held = f", {split['val']} training samples held out to select the epoch" if split.get("val") else ""
+    return f"{rule}{held}, fingerprint {split['fingerprint']}"
 
 
 def training_facts(known: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,8 +140,8 @@ def training_facts(known: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``epoch``, ``epochs``, ``steps`` of the next epoch, ``seed``, ``AZO`` (None where unknown) and ``selection``:
-        ``"final"``, ``"best"`` (the best epoch so far on the test set), ``"final and best"``, ``"none"`` or
-        ``"unknown"``.
+        ``"final"``, ``"best"`` (the best epoch so far on the test set) or ``"val"`` (on held-out training samples),
+        ``"final and best"``, ``"final and val"``, ``"none"`` or ``"unknown"``.
     """
     recipe = known["recipe"] if isinstance(known.get("recipe"), Mapping) else {}
     epoch, epochs = known.get("epoch"), recipe.get("epochs")
@@ -151,8 +155,11 @@ def training_facts(known: Mapping[str, Any]) -> dict[str, Any]:
         return found
     best = known.get("best")
     is_best = isinstance(best, Mapping) and best.get("epoch") == epoch and not found["steps"]
+    on_test = True
+    with contextlib.suppress(LookupError, TypeError):
+        on_test = not known["facts"]["split"]["val"]
     is_final = epoch == epochs
-    kinds = [kind for kind, holds in (("final", is_final), ("best", is_best)) if holds]
+    kinds = [kind for kind, holds in (("final", is_final), ("best" if on_test else "val", is_best)) if holds]
     return found | {"selection": " and ".join(kinds) or "none"}
 
 

@@ -18,9 +18,11 @@ from utils.args import plain, words
 from utils.distributed import Process, fail_together
 from utils.errors import UserError
 from utils.files import occupy, read_text, replacing, write_text, writing
+from utils.tracker import Tracker
 
 __all__ = [
     "COLUMNS",
+    "VAL_COLUMNS",
     "RunLog",
     "check_output",
     "evaluation_in_words",
@@ -31,11 +33,7 @@ __all__ = [
 ]
 
 COLUMNS = ("epoch", "train_loss", "train_acc1", "test_loss", "test_acc1", "lr", "seconds")
-# In TensorBoard accuracy comes first.
-_TAGS = {
-    "accuracy/test": "test_acc1", "accuracy/train": "train_acc1", "loss/test": "test_loss", "loss/train": "train_loss",
-    "lr": "lr", "seconds": "seconds",
-}  # fmt: skip
+VAL_COLUMNS = ("val_loss", "val_acc1")  # behind them, of a run that holds samples out; its test columns are empty
 
 
 class RunLog:
@@ -46,12 +44,20 @@ class RunLog:
         process: this process.
         log_dir: of the TensorBoard events.
         azo: records what AZO replaces; None for no record.
+        part: that every epoch is evaluated on, ``"test"`` or ``"val"``.
+        tracker: of ``utils.tracker.TRACKERS``; it gets what TensorBoard gets.
     """
 
-    def __init__(self, directory: Path, process: Process, log_dir: Path, azo: AZORecord | None = None):
-        self.directory, self.process, self.log_dir, self.azo = directory, process, log_dir, azo
+    def __init__(
+        self, directory: Path, process: Process, log_dir: Path, azo: AZORecord | None = None, part: str = "test",
+        tracker: str | None = None,
+    ):  # fmt: skip
+        self.directory, self.process, self.log_dir, self.azo, self.part = directory, process, log_dir, azo, part
+        self.columns = COLUMNS if part == "test" else COLUMNS + VAL_COLUMNS
         self._rows: dict[int, list[str]] = {}  # of metrics.csv, by epoch
         self._tensorboard: Any = None
+        self._tracker_name = tracker
+        self._tracker: Tracker | None = None
 
     def open(
         self, args: Mapping[str, Any], facts: Mapping[str, Any], epochs_done: int, split: str | None = None,
@@ -80,20 +86,24 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not for --help and evaluation
 
         self.directory.mkdir(parents=True, exist_ok=True)
-        rows = ({} if earlier is None else _rows(earlier / "metrics.csv")) | _rows(self.directory / "metrics.csv")
+        rows = {} if earlier is None else self._rows_of(earlier / "metrics.csv")
+        rows |= self._rows_of(self.directory / "metrics.csv")
         self._rows = {epoch: row for epoch, row in sorted(rows.items()) if epoch <= epochs_done}
         self._write_rows()
         if self.azo is not None:
             self.azo.start(self.directory, epochs_done)
-        write_json(self.directory / "args.json", {"args": args, **facts, "argv": sys.argv})
+        described = {"args": args, **facts, "argv": sys.argv}
+        write_json(self.directory / "args.json", described)
         if split is not None:
             write_text(self.directory / "split.txt", split)
         self._tensorboard = SummaryWriter(str(self.log_dir), purge_step=epochs_done + 1)
+        if self._tracker_name is not None:
+            self._tracker = Tracker(self._tracker_name, self.directory, _finite(described))
 
     def epoch(
-        self, epoch: int, train: Mapping[str, float], test: Mapping[str, float], lr: float, seconds: float
+        self, epoch: int, train: Mapping[str, float], found: Mapping[str, float], lr: float, seconds: float
     ) -> None:
-        """Record an epoch (numbered from 1): a row of ``metrics.csv``, TensorBoard.
+        """Record an epoch (numbered from 1), and what was found on ``part``: a row of ``metrics.csv``, TensorBoard.
 
         Before its checkpoint is saved: what a kill leaves in between is dropped when the run continues.
 
@@ -102,32 +112,52 @@ class RunLog:
         """
         with self._writing():
             if self.process.is_first:
-                self._write_epoch(epoch, train, test, lr, seconds)
+                self._write_epoch(epoch, train, found, lr, seconds)
 
     def _write_epoch(
-        self, epoch: int, train: Mapping[str, float], test: Mapping[str, float], lr: float, seconds: float
+        self, epoch: int, train: Mapping[str, float], found: Mapping[str, float], lr: float, seconds: float
     ) -> None:
-        numbers = (train["loss"], train["acc1"], test["loss"], test["acc1"], lr, seconds)
-        values = dict(zip(COLUMNS[1:], numbers, strict=True))
-        self._rows[epoch] = [str(epoch), *(f"{value:.10g}" for value in numbers)]
+        values = {"epoch": epoch, "train_loss": train["loss"], "train_acc1": train["acc1"], "lr": lr}
+        values |= {"seconds": seconds, f"{self.part}_loss": found["loss"], f"{self.part}_acc1": found["acc1"]}
+        self._rows[epoch] = [f"{values[name]:.10g}" if name in values else "" for name in self.columns]
         self._write_rows()
-        for tag, column in _TAGS.items():
-            self._tensorboard.add_scalar(tag, values[column], epoch)
-        if "acc5" in test:
-            self._tensorboard.add_scalar("accuracy/test_top5", test["acc5"], epoch)
+        self._chart(epoch, {**_charted(found, self.part), **_charted(train, "train"), "lr": lr, "seconds": seconds})
         if self.azo is not None:
             self.azo.write(self.directory, epoch)
+
+    def final(self, epoch: int, test: Mapping[str, float]) -> None:
+        """Chart the one evaluation on the test set of a run that holds samples out, at its last epoch."""
+        if self.process.is_first:
+            self._chart(epoch, _charted(test, "test"))
+
+    def _chart(self, epoch: int, values: Mapping[str, float]) -> None:
+        for tag, value in values.items():
+            self._tensorboard.add_scalar(tag, value, epoch)
         self._tensorboard.flush()
+        if self._tracker is not None:
+            self._tracker.log(values, epoch)
 
     def _write_rows(self) -> None:
         """All of ``metrics.csv``: a kill leaves the old file or the new one."""
         with replacing(self.directory / "metrics.csv") as file:
-            file.write("".join(f"{','.join(row)}\n" for row in [COLUMNS, *self._rows.values()]).encode())
+            file.write("".join(f"{','.join(row)}\n" for row in [self.columns, *self._rows.values()]).encode())
+
+    def _rows_of(self, path: Path) -> dict[int, list[str]]:
+        """The complete rows of a ``metrics.csv``, by epoch; what is no row is left out."""
+        found = {}
+        for line in (read_text(path) or "").splitlines():
+            row = line.split(",")
+            with contextlib.suppress(ValueError):
+                if len(row) == len(self.columns) and all(math.isfinite(float(value)) for value in row if value):
+                    found[int(row[0])] = row
+        return found
 
     def close(self) -> None:
-        """Finish the TensorBoard events."""
+        """Finish the TensorBoard events, and the run at the tracker."""
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._tracker is not None:
+            self._tracker.finish()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -143,13 +173,14 @@ class RunLog:
 
 
 def print_epoch(
-    epoch: int, epochs: int, train: Mapping[str, float], test: Mapping[str, float], lr: float, seconds: float
-) -> None:
-    """Print an epoch, in at most 100 columns, when its checkpoint is saved."""
-    second = f"top5 {test['acc5']:.2f} %" if "acc5" in test else f"({test['correct']}/{test['count']})"
+    epoch: int, epochs: int, train: Mapping[str, float], found: Mapping[str, float], lr: float, seconds: float,
+    part: str = "test",
+) -> None:  # fmt: skip
+    """Print an epoch, and what was found on ``part``, in at most 100 columns, when its checkpoint is saved."""
+    second = f"top5 {found['acc5']:.2f} %" if "acc5" in found else f"({found['correct']}/{found['count']})"
     line = (
-        f"epoch {epoch}/{epochs}  train {train['acc1']:.2f} % loss {train['loss']:.4f}  test {test['acc1']:.2f} % "
-        f"{second} loss {test['loss']:.4f}  lr {lr:.2g}  {seconds:.{1 if seconds < 100 else 0}f} s"
+        f"epoch {epoch}/{epochs}  train {train['acc1']:.2f} % loss {train['loss']:.4f}  {part} {found['acc1']:.2f} % "
+        f"{second} loss {found['loss']:.4f}  lr {lr:.2g}  {seconds:.{1 if seconds < 100 else 0}f} s"
     )
     if train["skips"]:
         line += f"\n  {train['skips']} step(s) skipped by the fp16 scaler"
@@ -168,15 +199,10 @@ def print_header(lines: Mapping[str, str], deviations: Mapping[str, tuple[Any, A
     sys.stdout.flush()
 
 
-def _rows(path: Path) -> dict[int, list[str]]:
-    """The complete rows of a ``metrics.csv``, by epoch; what is no row is left out."""
-    found = {}
-    for line in (read_text(path) or "").splitlines():
-        row = line.split(",")
-        with contextlib.suppress(ValueError):
-            if len(row) == len(COLUMNS) and all(math.isfinite(float(value)) for value in row):
-                found[int(row[0])] = row
-    return found
+def _charted(result: Mapping[str, float], part: str) -> dict[str, float]:
+    """Tags of TensorBoard, in which accuracy comes first."""
+    tags = {f"accuracy/{part}": result["acc1"], f"loss/{part}": result["loss"]}
+    return tags | ({f"accuracy/{part}_top5": result["acc5"]} if "acc5" in result else {})
 
 
 def progress_bar(

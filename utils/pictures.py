@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -157,7 +158,7 @@ def save_every_frame_of_an_entire_DVS_dataset(  # noqa: N802 - the published nam
     kind = Kind(time_steps, scale, full)
     kind.check(Path(save_pic_to))
     data = load_event_data(name, Path(dataset_path), time_steps, sensor_size=sensor_size, frames="npz")
-    parts = {"train": data.train, "test": data.test}
+    parts: dict[str, Any] = {"train": data.train, "test": data.test}
     kind.write(Path(save_pic_to))
     made = 0
     with ThreadPoolExecutor(number_of_threads) as pool:

@@ -54,6 +54,7 @@ class _Training:
     optimizer: torch.optim.Optimizer
     done: int  # epochs
     lr: float = 0.0  # of the epoch
+    is_over: bool = False
 
 
 class Run:
@@ -106,9 +107,15 @@ class Run:
         if self.process.is_first:
             print_header(header(self.args, self.facts), deviations)
 
+    @property
+    def _part(self) -> str:
+        """What selects the best epoch."""
+        return "val" if self.facts["split"]["val"] else "test"
+
     def watch(self, batches: DataLoader, what: str) -> Iterable:
         """The batches under a progress bar; a signal stops the run after the step that is being computed."""
         done = self.progress.step if what == "train" else 0
+        what = self._part if what == "val" else what
         epoch = "" if self._training is None else f" {self.progress.epoch}/{self.args.epochs}"
         return self.stop.watch(progress_bar(batches, f"{what}{epoch}", self.process, done=done))
 
@@ -135,8 +142,9 @@ class Run:
         self.facts = checkpoints.facts  # with the earlier starts
         if self.process.is_first and (done or self.progress.step):
             print(f"continuing after epoch {done}, step {self.progress.step} of the next", flush=True)
-        log = RunLog(args.output_dir, self.process, args.log_dir, self._azo)
+        log = RunLog(args.output_dir, self.process, args.log_dir, self._azo, self._part, args.tracker)
         earlier = None if args.resume in ("auto", "never") else Path(args.resume).parent
+        self._until_the_end.callback(log.close)
         log.open(vars(args), self.facts, done, self._manifest, earlier)
         self._training = _Training(checkpoints, log, optimizer, done)
 
@@ -151,27 +159,53 @@ class Run:
             set_epoch(train_batches, epoch, self.progress.step)
             yield epoch
 
-    def save(self, train: Mapping[str, float], test: Mapping[str, float]) -> None:
-        """Record a finished epoch, save its checkpoint, and print its line."""
+    def save(self, train: Mapping[str, float], found: Mapping[str, float]) -> None:
+        """Record a finished epoch, save its checkpoint, and print its line.
+
+        Args:
+            train: of the training.
+            found: on the samples that select the best epoch.
+        """
         assert self._training is not None, "call resume() first"
         epoch, seconds = self.progress.epoch, time.monotonic() - self._epoch_began
-        self._training.log.epoch(epoch, train, test, self._training.lr, seconds)
-        self._training.checkpoints.save(epoch, test["acc1"])
+        self._training.log.epoch(epoch, train, found, self._training.lr, seconds)
+        self._training.checkpoints.save(epoch, found["acc1"])
         self._training.done = epoch
         if self.process.is_first:
-            print_epoch(epoch, self.args.epochs, train, test, self._training.lr, seconds)
+            print_epoch(epoch, self.args.epochs, train, found, self._training.lr, seconds, self._part)
 
-    def finish(self, final: Mapping[str, Any]) -> None:
-        """Report the final epoch, and which epoch was best, and say which is which."""
+    def select(self) -> None:
+        """Take the weights that are tested: with ``--val`` those of ``best.pt``, else those that are there.
+
+        Raises:
+            UserError: ``best.pt`` cannot be read.
+        """
         assert self._training is not None, "call resume() first"
-        self._training.log.close()
+        if self._part == "val":
+            self._training.is_over = True  # what is in the network now must not become last.pt
+            checkpoints = self._training.checkpoints
+            weights, _ = read_weights(checkpoints.best_file)
+            put_weights(checkpoints.net, weights, checkpoints.best_file)
+
+    def finish(self, test: Mapping[str, Any]) -> None:
+        """Report the test of the final epoch, or of the selected one, and say which it is."""
+        assert self._training is not None, "call resume() first"
+        args, best, split = self.args, self._training.checkpoints.best, self.facts["split"]
+        on_test = self._part == "test"
+        epoch, selection = (args.epochs, "final") if on_test else (int(best["epoch"]), "val")
+        if not on_test:
+            self._training.log.final(args.epochs, test)
         if not self.process.is_first:
             return
-        args, best, split = self.args, self._training.checkpoints.best, self.facts["split"]["fingerprint"]
-        selection = {"epoch": args.epochs, "selection": "final", "seed": args.seed, "best": best}
-        write_json(args.output_dir / "evaluation.json", {**final, **selection, **self.facts})
-        print(f"final epoch: {evaluation_in_words(final)}  split {split}")
-        print(f"best epoch: {best['epoch']} with acc1 {best['acc1']:.2f} % (selected on the test set, as published)")
+        about = {"epoch": epoch, "selection": selection, "seed": args.seed, "best": best}
+        write_json(args.output_dir / "evaluation.json", {**test, **about, **self.facts})
+        result = f"{evaluation_in_words(test)}  split {split['fingerprint']}"
+        best_epoch = f"best epoch: {best['epoch']} with acc1 {best['acc1']:.2f} %"
+        if on_test:
+            print(f"final epoch: {result}\n{best_epoch} (selected on the test set, as published)")
+        else:
+            print(f"{best_epoch} of the {split['val']} held-out training samples")
+            print(f"test set, once, with the weights of that epoch (best.pt): {result}")
         print(f"{time.monotonic() - self._began:.1f} s; everything is in {args.output_dir}", flush=True)
 
     def report(self, result: Mapping[str, Any]) -> None:
@@ -188,7 +222,7 @@ class Run:
 
     def save_inside(self) -> None:
         """Save the epoch that a signal stops."""
-        if self._training is not None:
+        if self._training is not None and not self._training.is_over:
             self.progress.seconds = time.monotonic() - self._epoch_began
             self._training.checkpoints.save_inside(self._training.done)
 

@@ -151,7 +151,7 @@ def train(task: Task, data_dir: Path) -> dict[str, Any]:
     if task.measured_on == HELD_OUT:
         data = _without_test(data)
     net = _build(task.variant, settings, len(data.classes), task.seed)
-    batches, test_batches = make_loaders(data, settings.batch_size, 0, task.seed, Process(0, 0, 1, device))
+    batches, _, test_batches = make_loaders(data, settings.batch_size, 0, task.seed, Process(0, 0, 1, device))
     optimizer, criterion = _recipe(task.data, net, task.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs)
     scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -138,8 +138,8 @@ def _predictions(
     test: EventFrames, inspected: Inspected, process: Process, batch_size: int, num_workers: int
 ) -> Iterator[tuple[str, Predictions]]:
     for name, change in CHANGES.items():
-        data = argparse.Namespace(train=None, test=ChangedFrames(test, name, change))
-        _, batches = make_loaders(data, batch_size, num_workers, 0, process)
+        data = argparse.Namespace(train=None, val=None, test=ChangedFrames(test, name, change))
+        *_, batches = make_loaders(data, batch_size, num_workers, 0, process)
         collector = Collector()
         evaluate(inspected.net, progress_bar(batches, name, process), collector, process.device, inspected.prepare)
         yield name, collector.result()

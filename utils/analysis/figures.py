@@ -280,10 +280,11 @@ def draw_azo(epochs: Sequence[int], shares: np.ndarray, kernels: Sequence[int], 
 
 
 def draw_curves(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Learning curves: accuracy and loss over the epochs, test solid, training dashed.
+    """Learning curves: accuracy and loss over the epochs, test or held-out samples solid, training dashed.
 
     Args:
-        runs: name of a run to its columns (``epoch``, ``train_loss``, ``train_acc1``, ``test_loss``, ``test_acc1``).
+        runs: name of a run to its columns (``epoch``, ``train_loss``, ``train_acc1``, ``test_loss``, ``test_acc1``, or
+            ``val_loss``, ``val_acc1``).
 
     Raises:
         UserError: there are more runs than colours.
@@ -296,11 +297,14 @@ def draw_curves(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         in_a_row = max(1, min(3, int((WIDTH - 0.2) / (max(widths) / 72 + 0.5))))  # half an inch for the line beside it
         figure = _figure(2.6 + 0.16 * -(-(len(widths) + 2) // in_a_row))
         axes = figure.subplots(1, 2)
+        parts: dict[str, str] = {}  # that solid lines are of
         for name, columns, colour in zip(names, runs.values(), COLOURS, strict=False):
             dot = {"marker": "o", "markersize": 3} if len(columns["epoch"]) == 1 else {}
+            part = "val" if "val_acc1" in columns else "test"
+            parts[part] = {"val": "held-out", "test": "test"}[part]
             for ax, value in zip(axes, ("acc1", "loss"), strict=True):
                 ax.plot(columns["epoch"], columns[f"train_{value}"], color=colour, linestyle="--", linewidth=0.9, **dot)
-                ax.plot(columns["epoch"], columns[f"test_{value}"], color=colour, label=name, **dot)
+                ax.plot(columns["epoch"], columns[f"{part}_{value}"], color=colour, label=name, **dot)
         for ax, label in zip(axes, ("accuracy, %", "loss"), strict=True):
             ax.set(xlabel="epoch", ylabel=label)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -310,8 +314,8 @@ def draw_curves(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         (dashed,) = axes[0].plot([], [], color="#555555", linestyle="--", linewidth=0.9)
         (solid,) = axes[0].plot([], [], color="#555555")
         figure.legend(
-            [*handles, solid, dashed], [*names, "test", "training"], loc="outside lower center", ncols=in_a_row,
-            frameon=False,
+            [*handles, solid, dashed], [*names, " or ".join(parts.values()), "training"], loc="outside lower center",
+            ncols=in_a_row, frameon=False,
         )  # fmt: skip
     return figure
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from models import VGG8
 from models.neurons import select_backend
@@ -28,7 +29,7 @@ from utils.image_args import TABLE as IMAGE_TABLE
 from utils.networks import TITLES, build_network, describe_network
 from utils.prepare.datasets import DATA_SETS
 
-__all__ = ["Inspected", "add_inspection", "load_inspected"]
+__all__ = ["Inspected", "add_data", "add_inspection", "load_inspected"]
 
 _EVENT_DEFAULTS = {"sensor_size": None, "frame_size": None, "split": "random", "demo": False}
 _IMAGE_DEFAULTS = {"image_size": 224, "test_crop": None, "demo": False}
@@ -40,6 +41,7 @@ class Inspected:
 
     Attributes:
         batches: pairs of samples and labels of this process, every sample once.
+        train: training samples without augmentation, where they are asked for.
         prepare: samples and labels on the device to the inputs of the network.
         facts: name to words: weights, network, epoch, seed, data, split, input, neurons.
     """
@@ -50,6 +52,7 @@ class Inspected:
     prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     classes: list[str]
     facts: dict[str, str]
+    train: Dataset | None = None
 
     def sample(self, index: int, device: torch.device) -> tuple[Tensor, int, Tensor]:
         """One test sample: as it is stored, its label, and the inputs of the network (a batch of one)."""
@@ -61,9 +64,17 @@ class Inspected:
 
 def add_inspection(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a network and its data; those not given are absent from the result."""
-    unset: dict[str, Any] = {"default": argparse.SUPPRESS}
-    add = parser.add_argument_group("network and data").add_argument
+    add = parser.add_argument_group("network").add_argument
     add("--weights", type=Path, required=True, metavar="FILE", help="released or own: network, T, ... are in it")
+    add("--output-dir", type=Path, metavar="DIR", help="default: the folder of --weights")
+    add("--local-rank", "--local_rank", type=whole(0), metavar="N", help="set by older launchers")
+    add_data(parser, "data")
+
+
+def add_data(parser: argparse.ArgumentParser, title: str) -> None:
+    """Add the arguments that name the data of a network; those not given are absent from the result."""
+    unset: dict[str, Any] = {"default": argparse.SUPPRESS}
+    add = parser.add_argument_group(title).add_argument
     add("--data-dir", type=Path, metavar="DIR", help="folder of the data set (default: that of the run)", **unset)
     add("--demo", action="store_true", help="the built-in demo data", **unset)
     add(
@@ -83,16 +94,15 @@ def add_inspection(parser: argparse.ArgumentParser) -> None:
     add("--num-workers", type=whole(0), default=0, metavar="N", help="loader processes (default: 0)")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     add("--backend", choices=("auto", "cupy", "triton", "torch"), default="auto", help="of the neurons (default: auto)")
-    add("--output-dir", type=Path, metavar="DIR", help="default: the folder of --weights")
-    add("--local-rank", "--local_rank", type=whole(0), metavar="N", help="set by older launchers")
 
 
-def load_inspected(args: argparse.Namespace, process: Process) -> Inspected:
+def load_inspected(args: argparse.Namespace, process: Process, training: bool = False) -> Inspected:
     """Rebuild the network of ``args.weights`` and find its test set.
 
     Args:
         args: what :func:`add_inspection` adds.
         process: this process.
+        training: also find its training samples.
 
     Raises:
         UserError: the file holds no network of this project, or its data are not there.
@@ -103,7 +113,7 @@ def load_inspected(args: argparse.Namespace, process: Process) -> Inspected:
     recipe = stored_settings(EVENT_TABLE if isinstance(net, VGG8) else IMAGE_TABLE, known, args.weights)
     facts = known["facts"] if isinstance(known.get("facts"), Mapping) else {}
     find, prepare = (_event_data, time_first) if isinstance(net, VGG8) else (_image_data, normalized())
-    data = find(args, net, recipe, facts["data"] if isinstance(facts.get("data"), Mapping) else {})
+    data: Any = find(args, net, recipe, facts["data"] if isinstance(facts.get("data"), Mapping) else {})
     if len(data.classes) != net.num_classes:
         raise UserError(
             f"weights file {args.weights} is of {net.num_classes} classes and the data have {len(data.classes)}; give "
@@ -111,8 +121,8 @@ def load_inspected(args: argparse.Namespace, process: Process) -> Inspected:
         )
     net = net.to(process.device)
     backend = select_backend(net, args.backend, process.device)
-    only_test = argparse.Namespace(train=None, test=data.test)
-    _, batches = make_loaders(only_test, args.batch_size, args.num_workers, 0, process)
+    only_test = argparse.Namespace(train=None, val=None, test=data.test)
+    *_, batches = make_loaders(only_test, args.batch_size, args.num_workers, 0, process)
     name, keywords = describe_network(weights, known)
     height, width = data.frame_size
     lines = {
@@ -127,7 +137,11 @@ def load_inspected(args: argparse.Namespace, process: Process) -> Inspected:
         "neurons": str(backend),
     }
     lines = {name: line for name, line in lines.items() if line}
-    return Inspected(net, batches, data.test, prepare, data.classes, lines)
+    train: Any = None
+    if training:
+        on_events = isinstance(data, EventData)
+        train = data.train if on_events else ImageSet(data.test.folder.parent / "train", data.test.transform)
+    return Inspected(net, batches, data.test, prepare, data.classes, lines, train)
 
 
 def _event_data(args: argparse.Namespace, net: Any, recipe: Mapping[str, Any], data: Mapping[str, Any]) -> EventData:
@@ -142,6 +156,7 @@ def _event_data(args: argparse.Namespace, net: Any, recipe: Mapping[str, Any], d
         net.T,
         split=about["split"],
         split_seed=about.get("split_seed", DATA_SETS[data_set].split_seed),  # released files have none
+        val=0.0 if "split" in args else about.get("val", 0.0),
         sensor_size=about["sensor_size"],
         frame_size=about["frame_size"],
         demo=demo,

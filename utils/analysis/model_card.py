@@ -58,7 +58,8 @@ def model_card(facts: Mapping[str, Any], licence: str | None, curves: bool) -> s
     parts += ["## Data", "", f"{data or 'Unknown: complete this.'}"]
     if "split" in about:
         split = about["split"]
-        counts = f"{split['train']} training and {split['test']} test samples"
+        held = f", {split['val']} held-out" if split.get("val") else ""
+        counts = f"{split['train']} training{held} and {split['test']} test samples"
         parts[-1] += f", {counts} of {split['classes']} classes. Split: {split_in_words(split)}."
     if recipe := facts.get("recipe"):
         rows = [[name, _plain(value)] for name, value in recipe.items() if value is not None]

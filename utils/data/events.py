@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision.transforms.v2 import functional as transforms
 
 from utils.data.demo import write_demo
@@ -97,7 +98,8 @@ class EventFrames(Dataset):
 class EventData:
     """A data set ready for training: what is in it, and where it comes from."""
 
-    train: EventFrames
+    train: EventFrames | Subset
+    val: Subset | None  # training samples that are held out, not augmented
     test: EventFrames
     classes: list[str]
     title: str
@@ -108,7 +110,7 @@ class EventData:
 
     @property
     def fingerprint(self) -> str:
-        """Of the split: of the names of the samples."""
+        """Of the split: of the names of the samples and their part."""
         return self.info.fingerprint
 
 
@@ -119,6 +121,7 @@ def load_event_data(
     *,
     split: str = "random",
     split_seed: int = 0,
+    val: float = 0.0,
     sensor_size: Sequence[int] | None = None,
     frame_size: Sequence[int] | None = None,
     augment: Augmentation | None = None,
@@ -139,6 +142,7 @@ def load_event_data(
         split: one of ``utils.data.splits.RULES`` or a split file; ignored by data with train and test folders, and by
             frames in ``train_dataset/`` and ``test_dataset/``, as the published splitters leave them.
         split_seed: of the random split.
+        val: the part of the training samples that is held out, see :func:`utils.data.splits.held_out`.
         sensor_size: (H, W) of the camera, where the recordings are of another one (N-MNIST: 34, 34).
         frame_size: (H, W) to resize to; None keeps the sensor's.
         augment, seed: of the training samples.
@@ -168,7 +172,7 @@ def load_event_data(
         about = replace(about, sensor=_pair(sensor_size))
     size = _pair(frame_size or about.sensor)
     job = Job(
-        about, Path(data_dir), T, size, split, split_seed, num_classes, official, any_archive,
+        about, Path(data_dir), T, size, split, split_seed, val, num_classes, official, any_archive,
         skip_bad=on_bad_sample == "skip", packed=frames == "packed",
     )  # fmt: skip
     job.workers = workers or job.workers
@@ -197,15 +201,21 @@ def _event_data(job: Job, title: str, augment: Augmentation | None, seed: int, d
     if not (demo or official):
         # Other recordings in its layout, or a part of them: a result on them must not go under its name.
         title = about.title if about.is_own else f"{job.data_dir.resolve().name}, laid out as {about.title}"
-    sets = {}
+    sets: dict[str, Any] = {"val": None}
     for part, names in {"train": split.train, "test": split.test}.items():
         files = [(Path(job.frames.files[name].path), job.labels[name]) for name in names]
         sets[part] = EventFrames(files, job.T, about.sensor, job.frame_size, store=job.stores.get(part))
-    sets["train"].augment, sets["train"].seed = augment, seed
+    plain, sets["train"] = sets["train"], replace(sets["train"], augment=augment, seed=seed)
+    if split.val:
+        places = {name: index for index, name in enumerate(split.train)}
+        sets["train"], sets["val"] = (
+            Subset(samples, [places[name] for name in split.parts[part]])
+            for samples, part in ((sets["train"], "train"), (plain, "val"))
+        )
     frames = {name: facts.frames for name, facts in job.facts.items()}
     info = SplitInfo(
-        split.rule, split.seed, split.file, split.fingerprint, split.contents(frames, job.labels), len(split.train),
-        len(split.test), len(job.classes), len(job.bad), official, demo,
+        split.rule, split.seed, split.file, split.fingerprint, split.contents(frames, job.labels),
+        len(split.parts["train"]), len(split.val), len(split.test), len(job.classes), len(job.bad), official, demo,
     )  # fmt: skip
     manifest = split.manifest(
         about.title, {name: f"{facts.content}:{facts.frames}" for name, facts in job.facts.items()}

@@ -8,6 +8,7 @@ Images travel as bytes; :func:`normalized` turns a batch into what the networks 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import multiprocessing
 import os
@@ -23,14 +24,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import default_collate
+from torch.utils.data import Subset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from utils.data.folders import BadFile, File, Special, listing, walk
 from utils.data.loaders import sample_seed
-from utils.data.splits import SplitInfo
+from utils.data.splits import SplitInfo, held_out
 from utils.errors import DataError, UserError
 
 __all__ = [
@@ -202,7 +203,8 @@ def _torchcodec_decoder() -> Callable:
 class ImageData:
     """Photographs ready for training: what is in them, and where they come from."""
 
-    train: ImageSet | None
+    train: ImageSet | Subset | None
+    val: Subset | None  # training images that are held out, not augmented
     test: ImageSet
     title: str
     official: bool  # ImageNet-1K, all of its test images
@@ -216,11 +218,8 @@ class ImageData:
     @cached_property
     def manifest(self) -> str:
         """Lines ``part,class/image,bytes``; of very many images ``part,class,checksum`` of those of each class."""
-        lines = []
-        for part, images in (("train", self.train), ("test", self.test)):
-            if images is not None:
-                names = (path.removeprefix(str(images.folder)).strip(os.sep) for path, _ in images.samples)
-                lines += [f"{part},{name},{size}" for name, size in zip(names, images.sizes, strict=True)]
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        lines = [f"{part},{name},{size}" for part, images in parts.items() for name, _, size in _listed(images)]
         if len(lines) <= _MOST_LINES:
             return "".join(f"{line}\n" for line in lines)
         classes = groupby(lines, lambda line: line.partition("/")[0])
@@ -229,15 +228,26 @@ class ImageData:
     @cached_property
     def info(self) -> SplitInfo:
         """The split in values: its fingerprint is of the names and classes, its contents also of the sizes."""
+        parts = [_listed(images) for images in (self.train, self.val, self.test)]
         names = []
-        for images in (self.train, self.test):
-            samples = images.samples if images is not None else ()
-            names += [f"{self.classes[label]}/{os.path.basename(path)}" for path, label in samples]
+        for part in [parts[0], *filter(None, parts[1:])]:
+            names += [f"{self.classes[label]}/{os.path.basename(name)}" for name, label, _ in part]
             names.append("")
-        train = len(self.train) if self.train is not None else 0
         fingerprint, contents = _digest(names)[:8], _digest([self.manifest])[:16]
-        return SplitInfo("folders", None, None, fingerprint, contents, train, len(self.test), len(self.classes), 0,
+        train, val, test = map(len, parts)
+        return SplitInfo("folders", None, None, fingerprint, contents, train, val, test, len(self.classes), 0,
                          self.official, demo=False)  # fmt: skip
+
+
+def _listed(images: ImageSet | Subset | None) -> list[tuple[str, int, int]]:
+    """Name inside its folder, label and bytes of every image."""
+    if images is None:
+        return []
+    whole, chosen = (images.dataset, images.indices) if isinstance(images, Subset) else (images, range(len(images)))
+    assert isinstance(whole, ImageSet)
+    rows = zip(whole.samples, whole.sizes, strict=True)
+    names = [(path.removeprefix(str(whole.folder)).strip(os.sep), label, size) for (path, label), size in rows]
+    return [names[index] for index in chosen]
 
 
 def _digest(lines: Iterable[str]) -> str:
@@ -256,6 +266,7 @@ def load_image_data(
     seed: int = 0,
     leave_out: bool = False,
     for_training: bool = True,
+    val: float = 0.0,
 ) -> ImageData:
     """Find the class folders of training and test and check that they belong together.
 
@@ -266,13 +277,16 @@ def load_image_data(
         decoder, seed: see :class:`ImageSet`.
         leave_out: leave unreadable training images out. In the test set they are always an error.
         for_training: False reads the test set alone.
+        val: the part of the training images that is held out, see :func:`utils.data.splits.held_out`; they are read as
+            test images are.
 
     Raises:
         UserError: a folder or a class is missing or empty; the message names it.
     """
     test_dir = _test_folder(data_dir)
     test = ImageSet(test_dir, _test_transform(test_crop or image_size), decoder)
-    train = None
+    train: ImageSet | Subset | None = None
+    held: Subset | None = None
     if for_training:
         train_dir = data_dir / "train"
         if not train_dir.is_dir():
@@ -286,10 +300,26 @@ def load_image_data(
                     f"class {unpaired[0]}{others} of {one.folder} {verb} not in {other.folder}; the labels are the "
                     "ranks of the sorted names, so both folders need the same classes"
                 )
+        if val:
+            train, held = _divided(train, test.transform, val)
     official = len(test.classes) == _IMAGENET_CLASSES and len(test) == _IMAGENET_TEST
     crop = test_crop or image_size
     title = "ImageNet-1K" if official else f"{data_dir.resolve().name} (not all of ImageNet-1K)"
-    return ImageData(train, test, title, official, (crop, crop))
+    return ImageData(train, held, test, title, official, (crop, crop))
+
+
+def _divided(images: ImageSet, test_transform: Callable | None, fraction: float) -> tuple[Subset, Subset]:
+    """Training images without those that are held out, and these under the transform of the test."""
+    names = [name.replace(os.sep, "/") for name, _, _ in _listed(images)]
+    held = held_out(names, fraction)
+    if not held:
+        raise UserError(f"--val {fraction:g} holds out none of {len(names)} training images; give a larger fraction")
+    plain = copy.copy(images)  # shares the list of files and the count of what was left out
+    plain.transform = test_transform
+    indices: dict[bool, list[int]] = {False: [], True: []}
+    for index, name in enumerate(names):
+        indices[name in held].append(index)
+    return Subset(images, indices[False]), Subset(plain, indices[True])
 
 
 def _test_folder(data_dir: Path) -> Path:

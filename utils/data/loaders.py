@@ -18,10 +18,13 @@ __all__ = ["Data", "make_loaders", "sample_seed", "set_epoch"]
 
 
 class Data(Protocol):
-    """What loaders are made of: sized data sets; ``train`` may be None."""
+    """What loaders are made of: sized data sets; ``train`` and ``val`` may be None."""
 
     @property
     def train(self) -> Any: ...
+
+    @property
+    def val(self) -> Any: ...
 
     @property
     def test(self) -> Any: ...
@@ -68,13 +71,15 @@ def make_loaders(
     process: Process,
     collate: Callable[[list], Any] | None = None,
     drop_last: bool = True,
-) -> tuple[DataLoader, DataLoader]:
-    """Loaders of training (shuffled by seed and epoch) and test batches of this process.
+) -> tuple[DataLoader, DataLoader, DataLoader]:
+    """Loaders of this process: training batches (shuffled by seed and epoch), held-out and test batches.
+
+    The held-out batches select an epoch; where nothing is held out they are the test batches.
 
     Call :func:`set_epoch` before every training epoch.
 
     Args:
-        data: has ``train`` (None where only an evaluation is wanted: that loader is empty) and ``test``.
+        data: has ``train`` (None where only an evaluation is wanted: that loader is empty), ``val`` and ``test``.
         batch_size: of this process.
         collate: list of samples to a batch; torch's where it is None.
         drop_last: leave out the last training batch where it is smaller. Without, every process takes it, and up to
@@ -91,10 +96,12 @@ def make_loaders(
         "worker_init_fn": in_worker,
     }
     # Starting to iterate draws a number: in an evaluation not from the generator that training goes on with.
-    own = torch.Generator()
-    test_batches = _Loader(data.test, sampler=_Shard(len(data.test), process), generator=own, **common)
+    test_batches, val_batches = (
+        _Loader(samples, sampler=_Shard(len(samples), process), generator=torch.Generator(), **common)
+        for samples in (data.test, data.test if data.val is None else data.val)
+    )
     if data.train is None:
-        return _Loader(TensorDataset(torch.empty(0))), test_batches
+        return _Loader(TensorDataset(torch.empty(0))), val_batches, test_batches
     needed = (batch_size if drop_last else 1) * process.world_size
     if len(data.train) < needed:
         share = f"{needed // process.world_size} for each of {process.world_size} process(es)"
@@ -103,7 +110,7 @@ def make_loaders(
             f"there are {len(data.train)}; use a smaller batch or fewer processes"
         )
     sampler = _Shuffled(data.train, process.world_size, process.rank, seed=seed, drop_last=drop_last)
-    return _Loader(data.train, sampler=sampler, drop_last=drop_last, **common), test_batches
+    return _Loader(data.train, sampler=sampler, drop_last=drop_last, **common), val_batches, test_batches
 
 
 def set_epoch(loader: Any, epoch: int, step: int = 0) -> None:
@@ -114,7 +121,7 @@ def set_epoch(loader: Any, epoch: int, step: int = 0) -> None:
     """
     loader.sampler.set_epoch(epoch)
     loader.sampler.start = step * loader.batch_size
-    loader.dataset.epoch = epoch
+    getattr(loader.dataset, "dataset", loader.dataset).epoch = epoch  # of a part of the samples: of all of them
     # Starting to iterate draws a number. At the start of the epoch that was done already.
     loader.generator = torch.Generator() if step else None
 

@@ -3,7 +3,10 @@
 A split file is text with a line for every sample,
 
     train,<class>/<sample>,<checksum>
+    val,<class>/<sample>,<checksum>
     test,<class>/<sample>,<checksum>
+
+where ``val`` are training samples that are held out to select an epoch.
 
 ``#`` starts a comment. The checksum may be left out or ``-``; it is that of the sample's event counts (see
 ``content_checksum`` in utils/prepare/check.py), and in the split.txt of a run it goes on with ``:`` and that of the
@@ -24,11 +27,11 @@ from pathlib import Path
 
 from utils.errors import UserError
 
-__all__ = ["RULES", "Split", "SplitInfo", "changes", "make_split", "read_split"]
+__all__ = ["RULES", "Split", "SplitInfo", "changes", "held_out", "make_split", "read_split"]
 
 RULES = ("random", "first90", "tebn")
 
-_PARTS = ("train", "test")
+_PARTS = ("train", "val", "test")
 _UNKNOWN = "-"
 
 
@@ -40,22 +43,29 @@ class Split:
     """
 
     rule: str  # of RULES, "own" of a data set with train and test folders, "file"
-    train: tuple[str, ...]
+    train: tuple[str, ...]  # with those that are held out
     test: tuple[str, ...]
+    val: tuple[str, ...] = ()  # training samples that are held out
     seed: int | None = None  # of a random one
     file: str | None = None  # that names the samples
     checksums: Mapping[str, str] = field(default_factory=dict)  # that its file demands
 
     @property
     def name(self) -> str:
-        """The rule, with its seed, as the beginning of a file name."""
-        return self.rule if self.seed is None else f"{self.rule}_seed{self.seed}"
+        """The rule, with its seed and what is held out, as the beginning of a file name."""
+        rule = self.rule if self.seed is None else f"{self.rule}_seed{self.seed}"
+        return f"{rule}_val{len(self.val)}" if self.val else rule
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """``train`` (without what is held out), ``val`` and ``test``."""
+        held = set(self.val)
+        return {"train": tuple(name for name in self.train if name not in held), "val": self.val, "test": self.test}
 
     @cached_property
     def fingerprint(self) -> str:
         """8 digits that depend on the names and their part, and on nothing else."""
-        parts = zip(_PARTS, (self.train, self.test), strict=True)
-        lines = sorted(f"{part},{_short(name)}" for part, names in parts for name in names)
+        lines = sorted(f"{part},{_short(name)}" for part, names in self.parts.items() for name in names)
         return _hash("\n".join(lines))[:8]
 
     @property
@@ -65,23 +75,29 @@ class Split:
 
     def without(self, names: set[str]) -> Split:
         """The same without these samples."""
-        train, test = (tuple(n for n in part if n not in names) for part in (self.train, self.test))
-        return replace(self, train=train, test=test)
+        train, val, test = (tuple(n for n in part if n not in names) for part in (self.train, self.val, self.test))
+        return replace(self, train=train, val=val, test=test)
+
+    def holding_out(self, fraction: float) -> Split:
+        """The same with a part of the training samples of every class held out."""
+        held = held_out([_short(name) for name in self.train], fraction)
+        return replace(self, val=tuple(name for name in self.train if _short(name) in held))
 
     def contents(self, checksums: Mapping[str, str], labels: Mapping[str, int]) -> str:
         """16 digits that depend on every sample's name, part, label and checksum."""
-        parts = zip(_PARTS, (self.train, self.test), strict=True)
+        parts = self.parts.items()
         lines = [f"{part},{name},{labels[name]},{checksums[name]}" for part, names in parts for name in names]
         return _hash("\n".join(lines))[:16]
 
     def manifest(self, data_set: str, checksums: Mapping[str, str]) -> str:
         """The text of its file."""
+        held = f", {len(self.val)} held out" if self.val else ""
         lines = [
             f"# {data_set}, split {self.name}, fingerprint {self.fingerprint}: "
-            f"{len(self.train)} training and {len(self.test)} test",
+            f"{len(self.parts['train'])} training{held} and {len(self.test)} test",
             "# part,class/sample,checksum of the counts of events at each pixel",
         ]
-        for part, names in zip(_PARTS, (self.train, self.test), strict=True):
+        for part, names in self.parts.items():
             lines += [f"{part},{_short(name)},{checksums.get(name, _UNKNOWN)}" for name in names]
         return "\n".join(lines) + "\n"
 
@@ -93,9 +109,10 @@ class SplitInfo:
     rule: str  # "random", "first90", "tebn", "own", "file"
     seed: int | None
     file: str | None
-    fingerprint: str  # of the names in training and test, the same for every T and on every machine
+    fingerprint: str  # of the names in every part, the same for every T and on every machine
     contents: str  # of names, labels and frames: it changes with any of them
-    train: int
+    train: int  # without those that are held out
+    val: int  # training samples that are held out
     test: int
     classes: int
     left_out: int  # bad files
@@ -154,7 +171,23 @@ def make_split(rule: str, names: Sequence[str], seed: int) -> Split:
             cut = sum(_number(name) >= 100 for name in of_class)
         train += sorted(of_class[:cut], key=_class_and_sample)
         test += sorted(of_class[cut:], key=_class_and_sample)
-    return Split(rule, tuple(train), tuple(test), seed if rule == "random" else None)
+    return Split(rule, tuple(train), tuple(test), seed=seed if rule == "random" else None)
+
+
+def held_out(names: Sequence[str], fraction: float) -> set[str]:
+    """The training samples ``<class>/<sample>`` that ``--val`` holds out: ``fraction`` of every class, rounded.
+
+    In every class those whose SHA-256 of ``val/<class>/<sample>`` comes first: the same ones for every seed and on
+    every machine, and of a larger fraction they are a part. One sample of each class stays for training.
+    """
+    classes: dict[str, list[str]] = {}
+    for name in names:
+        classes.setdefault(name.partition("/")[0], []).append(name)
+    held: set[str] = set()
+    for of_class in classes.values():
+        count = min(int(fraction * len(of_class) + 0.5), len(of_class) - 1)
+        held.update(sorted(of_class, key=lambda name: _hash(f"val/{name}"))[:count])
+    return held
 
 
 def read_split(path: Path, names: Sequence[str]) -> Split:
@@ -174,7 +207,7 @@ def read_split(path: Path, names: Sequence[str]) -> Split:
         if not line or line.startswith("#"):
             continue
         part, _, name = line.partition(",")
-        if part in parts and name == "*" and rest is None:
+        if part in ("train", "test") and name == "*" and rest is None:
             rest = part
             continue
         if name not in left:
@@ -183,15 +216,16 @@ def read_split(path: Path, names: Sequence[str]) -> Split:
                 checksums[name] = checksum.partition(":")[0]
         if part not in parts or name not in left:
             raise UserError(
-                f"--split {path}, line {number}: {line!r} is not 'train,<class>/<sample>' or 'test,<class>/<sample>' "
-                "of a sample that exists, once"
+                f"--split {path}, line {number}: {line!r} is not 'train,<class>/<sample>', 'val,<class>/<sample>' or "
+                "'test,<class>/<sample>' of a sample that exists, once"
             )
         left.remove(name)
         parts[part].append(name)
     if rest is not None:
         parts[rest] += left
-    train, test = (tuple(sorted(parts[part], key=_class_and_sample)) for part in _PARTS)
-    return Split("file", train, test, file=str(path), checksums=checksums)
+    parts["train"] += parts["val"]
+    train, val, test = (tuple(sorted(parts[part], key=_class_and_sample)) for part in _PARTS)
+    return Split("file", train, test, val, file=str(path), checksums=checksums)
 
 
 def _hash(text: str) -> str:

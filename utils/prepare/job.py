@@ -39,6 +39,7 @@ class Job:
     frame_size: tuple[int, int]  # (H, W) that frames are resized to
     rule: str = "random"  # one of ``utils.data.splits.RULES``, or a split file
     seed: int = 0  # of a random split
+    val: float = 0.0  # of the training samples, held out
     num_classes: int | None = None  # that there must be
     official: bool = True  # a missing class or another sensor size is a fault
     any_archive: bool = False  # accept archives without the published checksum

@@ -21,6 +21,7 @@ import hashlib
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -309,6 +310,10 @@ def split(job: Job) -> None:
         divided = Split("own", train, test)
     else:
         divided = make_split(job.rule, names, job.seed) if job.rule in RULES else read_split(Path(job.rule), names)
+    if job.val and divided.val:
+        raise UserError(f"--val {job.val:g}: the split file {job.rule} has val lines already; give --val 0")
+    if job.val:
+        divided = divided.holding_out(job.val)
     job.bad += _contradictions(divided, job)
     if not job.change:
         return
@@ -323,6 +328,10 @@ def split(job: Job) -> None:
     for part, samples in {"training": job.split.train, "test": job.split.test}.items():
         if not samples:
             raise UserError(f"{job.frames.path} has no {part} samples; check the contents of {job.data_dir}")
+    if job.val and not job.split.val:
+        raise UserError(
+            f"--val {job.val:g} holds out none of the {len(job.split.train)} training samples; give a larger fraction"
+        )
     if job.writable:
         _write_split(job, job.split)
 
@@ -367,24 +376,28 @@ def _write_split(job: Job, divided: Split) -> None:
 # Frames to packed frames ----------------------------------------------------------------------------------------------
 
 
-def _packed_path(job: Job, part: str) -> Path:
+def _packed_path(job: Job, split: Split, part: str) -> Path:
     """Where the packed frames of one part of the split lie."""
     (height, width), sensor = job.frame_size, job.about.sensor
     to = "" if job.frame_size == sensor else f"_to_{height}x{width}"
-    return job.data_dir / f"packed_T{job.T}_{sensor[0]}x{sensor[1]}{to}" / f"{job.split.file_name}_{part}.b2nd"
+    return job.data_dir / f"packed_T{job.T}_{sensor[0]}x{sensor[1]}{to}" / f"{split.file_name}_{part}.b2nd"
 
 
 def pack(job: Job) -> None:
-    """Pack the frames of both parts where they are not packed yet; not at all where the folder cannot be written to."""
+    """Pack the frames of both parts where they are not packed yet; not at all where the folder cannot be written to.
+
+    What is held out is a part of the training frames, so that the files are the same for any ``--val``.
+    """
     if not job.packed:
         return
-    for part, names in {"train": job.split.train, "test": job.split.test}.items():
-        path = _packed_path(job, part)
+    whole = replace(job.split, val=())
+    for part, names in {"train": whole.train, "test": whole.test}.items():
+        path = _packed_path(job, whole, part)
         lines = [f"{name} {job.labels[name]} {job.facts[name].frames}" for name in names]
         checksum = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
         counts = count_type(max(job.facts[name].largest for name in names)).name
         dtype = counts if job.frame_size == job.about.sensor else "float32"
-        contents = Contents(job.T, *job.frame_size, part, job.split.fingerprint, len(names), checksum, dtype)
+        contents = Contents(job.T, *job.frame_size, part, whole.fingerprint, len(names), checksum, dtype)
         store = open_store(path, contents)
         if store is None and not job.writable:
             print(f"{job.data_dir} cannot be written to: frames are read from the .npz files", flush=True)
