@@ -142,6 +142,8 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--forms", nargs="+", choices=FORMS, metavar="FORM", help=f"next to SMA, of {', '.join(FORMS)}; default: all"
     )
+    model.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
+                       help="on a GPU, float32 convolutions may use TF32; default: on, as torch has it")  # fmt: skip
     for command in (model, convolutions):
         command.add_argument("--threads", type=whole(1), metavar="N", help="of a CPU; default: as torch has it")
     for command, size in ((model, None), (parts, None), (scaling, 64)):

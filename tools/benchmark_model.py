@@ -222,6 +222,7 @@ def benchmark_model(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """Training step and evaluation of networks in several forms: time and peak memory, in ratios; a table for each."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = args.tf32
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.batch_size == 0 and device.type != "cuda":
         raise UserError("-b 0 looks for the largest batch that fits on a GPU, and the device is a CPU; give a number")

@@ -68,14 +68,14 @@ class Setting:
     def fp16(self) -> str:
         return "bf16" if self.rehearses else "fp16"  # the scripts have no fp16 on a CPU
 
-    def run(self, *command: object, **environment: str) -> str:
+    def run(self, *command: object) -> str:
         """What a program of the repository printed.
 
         Raises:
             RuntimeError: it ended with another code than 0; the message has the end of what it printed.
         """
         words = [sys.executable, *map(str, command)]
-        done = subprocess.run(words, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         print(done.stdout, done.stderr, sep="\n")
         if done.returncode:
             raise RuntimeError(f"exit code {done.returncode}: {' '.join((done.stderr or done.stdout).split())[-300:]}")
@@ -242,12 +242,11 @@ def evaluation(here: Setting) -> str:
         if not weights.exists():
             raise RuntimeError(f"the weights of row demo-{name}-fp16 are missing; run that row first")
         counts = {}
-        ways = [("cpu", "cpu", "0"), (f"here ({here.device})", here.device, "0"), ("here with TF32", here.device, "")]
-        for where, device, override in ways[: 2 if here.rehearses else 3]:
+        ways = [("cpu", "cpu", "--no-tf32"), (f"here ({here.device})", here.device, "--no-tf32")]
+        ways += [] if here.rehearses else [("here with TF32", here.device, "--tf32")]
+        for where, device, tf32 in ways:
             output = here.folder / f"evaluation_{name}"
-            flags = ["--device", device, "--evaluate", "--weights", weights]
-            tf32 = {"NVIDIA_TF32_OVERRIDE": override} if override else {}
-            here.run(*here.command(name, output), *flags, **tf32)
+            here.run(*here.command(name, output), "--device", device, tf32, "--evaluate", "--weights", weights)
             counts[where] = json.loads((output / "evaluation.json").read_text())["correct"]
         if counts["cpu"] != counts[f"here ({here.device})"]:
             raise RuntimeError(f"{name}: {counts}")

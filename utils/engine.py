@@ -188,8 +188,8 @@ def evaluate(
         batches: those of all processes together hold every sample once (no padding).
         criterion, device, prepare: as in :func:`train_one_epoch`.
         top: above 1, also count labels among so many largest logits.
-        amp: float32 (``"off"``) as published, or another precision, which changes the predictions where potentials come
-            within a rounding of the threshold.
+        amp: ``"off"`` as published (float32; on a GPU torch lets convolutions use TF32), or another precision, which
+            changes the predictions where potentials come within a rounding of the threshold.
 
     Returns:
         As :func:`train_one_epoch`, and with ``top`` also ``acc<top>`` and ``correct<top>``.
