@@ -157,10 +157,11 @@ def train_one_epoch(
                 f"{where}: the loss ({loss:.4g}), a gradient or a running statistic is not finite; check "
                 f"the data, {_REMEDY}"
             )
-        scale = scaler.get_scale()
-        scaler.step(optimizer)
+        taken: list[bool] = []  # a hook sees whether the scaler takes the step; asking for its scale waits for a GPU
+        with optimizer.register_step_post_hook(lambda *_, taken=taken: taken.append(True)):
+            scaler.step(optimizer)
         scaler.update()
-        skipped = scaler.get_scale() < scale or scale == 0.0  # where it is 0 it cannot fall, and no step is taken
+        skipped = not taken
         progress.skips += skipped
         progress.streak = progress.streak + 1 if skipped else 0
         if progress.streak >= _MOST_SKIPPED:
