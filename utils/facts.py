@@ -111,6 +111,7 @@ def header(args: Namespace, facts: Mapping[str, Any]) -> dict[str, str]:
         "batch": f"{batch['per_process']} per process, {batch['global']} global{parts}",
         "options": "" if args.evaluate else ", ".join(filter(None, (extras, ema))),
         "neurons": str(Backend(**facts["neurons"])),
+        "compiled": "training, in plain operations in place of kernels" if args.compile and not args.evaluate else "",
         "SMA": "Triton kernels" if facts["sma_kernels"] else "",
         "precision": precision_in_words(facts["precision"]),
         "processes": f"{batch['processes']} on {facts['device']}",
@@ -174,7 +175,7 @@ def training_in_words(found: Mapping[str, Any]) -> dict[str, str]:
 
 def precision(device: torch.device, evaluation: str = "off", training: str | None = None) -> dict[str, Any]:
     """The precisions ``"fp16"``, ``"bf16"`` or ``"off"``, and whether float32 convolutions may use TF32, which rounds
-    their inputs to 10 bits; None on a CPU, which has no such thing. Matrix products may not, unless someone tells torch.
+    their inputs to 10 bits; None on a CPU, which has no such thing.
     """
     tf32 = torch.backends.cudnn.allow_tf32 if device.type == "cuda" else None
     return {**({"training": training} if training else {}), "evaluation": evaluation, "tf32": tf32}
