@@ -98,7 +98,8 @@ def main() -> None:
         optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, weight_decay=args.weight_decay)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.decay)
         scaler = torch.amp.GradScaler(run.device.type, enabled=args.amp == "fp16")
-        trained = DistributedDataParallel(net) if run.process.world_size > 1 else net
+        trained = torch.compile(net, dynamic=False) if args.compile else net
+        trained = DistributedDataParallel(trained) if run.process.world_size > 1 else trained
         torch.manual_seed(args.seed + run.process.rank)  # dropout differs between the processes
         run.resume(net, optimizer, scheduler=scheduler, scaler=scaler)
 

@@ -53,6 +53,7 @@ def test_a_run_writes_everything_that_is_promised_and_its_weights_evaluate(
     assert (output / "metrics.csv").read_text().splitlines()[0] == columns
     assert json.loads((output / "args.json").read_text())["args"]["timesteps"] == 4
     assert list(output.glob("events.out.tfevents.*"))
+    assert torch.backends.cudnn.allow_tf32
     evaluation = json.loads((output / "evaluation.json").read_text())
     assert evaluation["acc1"] == 100 * evaluation["correct"] / evaluation["count"]
     assert float(rows(output)[-1]["test_loss"]) == pytest.approx(evaluation["loss"], rel=1e-6)
@@ -63,14 +64,16 @@ def test_a_run_writes_everything_that_is_promised_and_its_weights_evaluate(
     # No other flag than the data: T, width, classes, blocks and the frame size are known from the file.
     again = tmp_path / "evaluated"
     arguments = ["--evaluate", "--weights", output / "last.pt", "--data-dir", data, "--output-dir", again]
-    code, out, err = script(name, *arguments, "--device", "cpu", "--batch-size", 3)
+    code, out, err = script(name, *arguments, "--device", "cpu", "--batch-size", 3, "--no-tf32")
     assert code == 0, err
+    assert not torch.backends.cudnn.allow_tf32 and "tf32 off instead of on" in out
     assert re.search(r"^AZO: +training only$", out, re.MULTILINE) and "AZO with" not in out
     assert re.search(r"^epoch: +2 of 2, the final one", out, re.MULTILINE)
     repeated = json.loads((again / "evaluation.json").read_text())
     assert (repeated["correct"], repeated["count"]) == (evaluation["correct"], evaluation["count"])
     assert repeated["loss"] == pytest.approx(evaluation["loss"], rel=1e-6)
     assert repeated["split"] == evaluation["split"] and repeated["data"] == evaluation["data"]
+    assert repeated["precision"] == {"evaluation": "off", "tf32": None}
     assert repeated["AZO"] is True and (repeated["epoch"], repeated["seed"]) == (2, evaluation["seed"])
     assert not (again / "last.pt").exists()
 

@@ -140,8 +140,11 @@ def make_parser() -> argparse.ArgumentParser:
     parts = commands.add_parser("parts", help=benchmark_parts.__doc__)
     scaling = commands.add_parser("scaling", help=benchmark_scaling.__doc__)
     model.add_argument(
-        "--forms", nargs="+", choices=FORMS, metavar="FORM", help=f"next to SMA, of {', '.join(FORMS)}; default: all"
-    )
+        "--forms", nargs="+", choices=FORMS, metavar="FORM",
+        help=f"next to SMA, of {', '.join(FORMS)}; default: all but the last",
+    )  # fmt: skip
+    model.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
+                       help="on a GPU, float32 convolutions may use TF32; default: on, as torch has it")  # fmt: skip
     for command in (model, convolutions):
         command.add_argument("--threads", type=whole(1), metavar="N", help="of a CPU; default: as torch has it")
     for command, size in ((model, None), (parts, None), (scaling, 64)):

@@ -42,6 +42,7 @@ __all__ = ["FORMS", "SUBJECTS", "benchmark_model", "benchmark_scaling"]
 
 MOST_SAMPLES = 4096
 DIRECT_CONVOLUTIONS = "SMA, direct convolutions"
+COMPILED = "SMA, compiled"
 LAYERS_ALONE = "direct convolutions and linear layers alone"
 
 
@@ -79,7 +80,9 @@ FORMS = (
     "no attention",
     "temporal-wise attention",
     "multi-dimensional attention",
+    COMPILED,  # compiling takes minutes: only where it is asked for
 )
+OF_DIRECT = ("SMA", DIRECT_CONVOLUTIONS, COMPILED)
 
 
 def make_form(name: str, form: str, T: int) -> nn.Module | None:
@@ -89,7 +92,7 @@ def make_form(name: str, form: str, T: int) -> nn.Module | None:
     """
     torch.manual_seed(0)
     subject = SUBJECTS[name]
-    if form in ("SMA", DIRECT_CONVOLUTIONS, LAYERS_ALONE):
+    if form in ("SMA", DIRECT_CONVOLUTIONS, LAYERS_ALONE, COMPILED):
         return subject.factory(T=T)
     if form == "SMA, direct":
         return equations_only(subject.factory(T=T))
@@ -157,22 +160,24 @@ def steps_of(name: str, form: str, setting: Setting) -> tuple[dict[str, Step], s
         return _layers_alone(net, x, setting), "", flops
     x.requires_grad_(name == "block")
     scaler = torch.amp.GradScaler(device.type, enabled=setting.amp == "fp16")
+    run = torch.compile(net, dynamic=False) if form == COMPILED else net
 
     def training() -> None:
         net.train()
         net.zero_grad(set_to_none=True)
         with setting.autocast(), convolutions(form):
-            y = net(x)
+            y = run(x)
         scaler.scale(y.float().pow(2).mean()).backward()
         reset_net(net)
 
     def evaluation() -> None:
         net.eval()
         with torch.inference_mode(), setting.autocast(), convolutions(form):
-            net(x)
+            run(x)
         reset_net(net)
 
-    return {"training": training, "evaluation": evaluation}, str(backend), flops
+    words = "compiled" if form == COMPILED else str(backend)
+    return {"training": training, "evaluation": evaluation}, words, flops
 
 
 @contextmanager
@@ -222,10 +227,11 @@ def benchmark_model(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """Training step and evaluation of networks in several forms: time and peak memory, in ratios; a table for each."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = args.tf32
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.batch_size == 0 and device.type != "cuda":
         raise UserError("-b 0 looks for the largest batch that fits on a GPU, and the device is a CPU; give a number")
-    forms = [form for form in FORMS if args.forms is None or form in {"SMA", *args.forms}]
+    forms = [form for form in FORMS if form in {"SMA", *(args.forms or set(FORMS) - {COMPILED})}]
     matrix_peak = _matrix_peak(args.amp, device) if device.type == "cuda" else None
     for name in args.net:
         with user_input():
@@ -264,7 +270,7 @@ def _measure(
                     "from": min(seconds[form]),
                     "to": max(seconds[form]),
                     "x layers alone": _ratio(medians, form, LAYERS_ALONE) if form.startswith("SMA") else None,
-                    "x direct": _ratio(medians, form, "SMA, direct") if form in ("SMA", DIRECT_CONVOLUTIONS) else None,
+                    "x direct": _ratio(medians, form, "SMA, direct") if form in OF_DIRECT else None,
                     "x no attention": _ratio(medians, form, "no attention"),
                     "peak GiB": None
                     if form == LAYERS_ALONE or kind == "evaluation"

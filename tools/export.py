@@ -183,7 +183,7 @@ def _known_of_run(path: Path, known: Mapping[str, Any], evaluation: Path | None)
     accuracy = {name: found[name] for name in _ACCURACY if name in found}
     if not accuracy and "best" in trained["selection"]:
         accuracy = {"acc1": known["best"]["acc1"]}
-    facts = {name: found[name] for name in ("data", "split") if name in found}
+    facts = {name: found[name] for name in ("data", "split", "precision") if name in found}
     return {**trained, **({"accuracy": accuracy} if accuracy else {}), **({"facts": facts} if facts else {})}
 
 

@@ -341,7 +341,9 @@ RUN = [
     Setting("--timeout", "seconds to wait for a lost process", 600.0, parse=above_zero, parser={"metavar": "S"}),
     Setting("--device", "cpu, cuda or cuda:N", shown="a GPU if there is one", parser={"metavar": "NAME"}),
     Setting("--eval-amp", "mixed precision in evaluation", "off", parser=_AMP, depends="evaluation"),
+    Setting("--tf32", "on a GPU, float32 convolutions may use TF32", True, parser=_switch, depends="evaluation"),
     Setting("--backend", "of the neurons", "auto", parser={"choices": ("auto", "cupy", "triton", "torch")}),
+    Setting("--compile", "train with torch.compile; evaluation runs the network as it is", False, parser=_on, shown=""),
     Setting("--num-workers", "loader processes", shown=f"the cores, at most {_MOST_WORKERS}", **_count(most=1024)),
     Setting(
         "--local_rank --local-rank", "set by older launchers; -1 means no launcher", shown="",

@@ -157,10 +157,11 @@ def train_one_epoch(
                 f"{where}: the loss ({loss:.4g}), a gradient or a running statistic is not finite; check "
                 f"the data, {_REMEDY}"
             )
-        scale = scaler.get_scale()
-        scaler.step(optimizer)
+        taken: list[bool] = []  # a hook sees whether the scaler takes the step; asking for its scale waits for a GPU
+        with optimizer.register_step_post_hook(lambda *_, taken=taken: taken.append(True)):
+            scaler.step(optimizer)
         scaler.update()
-        skipped = scaler.get_scale() < scale or scale == 0.0  # where it is 0 it cannot fall, and no step is taken
+        skipped = not taken
         progress.skips += skipped
         progress.streak = progress.streak + 1 if skipped else 0
         if progress.streak >= _MOST_SKIPPED:
@@ -188,8 +189,8 @@ def evaluate(
         batches: those of all processes together hold every sample once (no padding).
         criterion, device, prepare: as in :func:`train_one_epoch`.
         top: above 1, also count labels among so many largest logits.
-        amp: float32 (``"off"``) as published, or another precision, which changes the predictions where potentials come
-            within a rounding of the threshold.
+        amp: ``"off"`` as published (float32; on a GPU torch lets convolutions use TF32), or another precision, which
+            changes the predictions where potentials come within a rounding of the threshold.
 
     Returns:
         As :func:`train_one_epoch`, and with ``top`` also ``acc<top>`` and ``correct<top>``.

@@ -178,6 +178,10 @@ def _of_the_machine(error: Exception) -> str:
     # torch has a type of its own for a GPU and none for a CPU.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error):
         return "there is not enough memory; use a smaller --batch-size, image or frame size, T or network"
+    # --compile: torch has many types of error for it, and wraps those of the compiler.
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
+        return f"--compile does not work here ({reason[:300]}); leave it out"
     return ""
 
 

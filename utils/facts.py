@@ -22,7 +22,15 @@ from utils.engine import AMP_DTYPES
 from utils.networks import TITLES
 from utils.versions import code, machine, versions
 
-__all__ = ["facts_of_run", "header", "split_in_words", "training_facts", "training_in_words"]
+__all__ = [
+    "facts_of_run",
+    "header",
+    "precision",
+    "precision_in_words",
+    "split_in_words",
+    "training_facts",
+    "training_in_words",
+]
 
 _SELECTIONS = {
     "final": "the final one",
@@ -74,6 +82,7 @@ def facts_of_run(
             "global": per_process * process.world_size,
             "micro_batches": args.micro_batches,
         },
+        "precision": precision(process.device, args.eval_amp, None if args.evaluate else args.amp),
         "neurons": backend._asdict(),
         "sma_kernels": on_gpu and has_kernels(process.device, half or torch.float32, channels_last=half is not None),
         "device": torch.cuda.get_device_name(process.device) if on_gpu else "CPU",
@@ -107,8 +116,9 @@ def header(args: Namespace, facts: Mapping[str, Any]) -> dict[str, str]:
         "batch": f"{batch['per_process']} per process, {batch['global']} global{parts}",
         "options": "" if args.evaluate else ", ".join(filter(None, (extras, ema))),
         "neurons": str(Backend(**facts["neurons"])),
+        "compiled": "training, in plain operations in place of kernels" if args.compile and not args.evaluate else "",
         "SMA": "Triton kernels" if facts["sma_kernels"] else "",
-        "precision": _precision(args),
+        "precision": precision_in_words(facts["precision"]),
         "processes": f"{batch['processes']} on {facts['device']}",
         "schedule": "" if args.evaluate else f"{args.epochs} epochs, lr {args.lr:g}, seed {args.seed}",
         "weights": str(args.weights) if args.weights is not None else "",
@@ -178,6 +188,16 @@ def _code(start: Mapping[str, Any]) -> str:
     return f"commit {start['commit'][:10]}{changed}" if start["commit"] else ""
 
 
-def _precision(args: Namespace) -> str:
-    training, evaluation = ("fp32" if amp == "off" else amp for amp in (args.amp, args.eval_amp))
-    return f"evaluation {evaluation}" if args.evaluate else f"training {training}, evaluation {evaluation}"
+def precision(device: torch.device, evaluation: str = "off", training: str | None = None) -> dict[str, Any]:
+    """The precisions ``"fp16"``, ``"bf16"`` or ``"off"``, and whether float32 convolutions may use TF32, which rounds
+    their inputs to 10 bits; None on a CPU, which has no such thing.
+    """
+    tf32 = torch.backends.cudnn.allow_tf32 if device.type == "cuda" else None
+    return {**({"training": training} if training else {}), "evaluation": evaluation, "tf32": tf32}
+
+
+def precision_in_words(found: Mapping[str, Any]) -> str:
+    """What :func:`precision` found, for instance ``"training fp16, evaluation fp32 (no TF32)"``."""
+    full = {None: "fp32", True: "fp32 (convolutions may use TF32)", False: "fp32 (no TF32)"}[found["tf32"]]
+    pairs = ((what, found[what]) for what in ("training", "evaluation") if what in found)
+    return ", ".join(f"{what} {full if amp == 'off' else amp}" for what, amp in pairs)

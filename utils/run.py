@@ -235,6 +235,7 @@ def start_run(args: Namespace, settings: Settings) -> Iterator[Run]:
         UserError: the output folder, the device or the launcher's environment cannot be used.
     """
     check_output(args.output_dir or args.weights.parent)
+    torch.backends.cudnn.allow_tf32 = args.tf32
     where = start(args.device, args.local_rank, args.timeout, args.deterministic)
     with where as process, ExitStack() as until_the_end:
         run = Run(args, settings, process, until_the_end)

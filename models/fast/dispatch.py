@@ -23,10 +23,11 @@ __all__ = ["fires", "functions_work", "fuses", "has_kernels", "implementation", 
 
 def functions_work(*tensors: Tensor | None) -> bool:
     """Whether our functions of autograd can be applied: not in ``torch.jit.trace`` (they could not be saved), not under
-    a transform of ``torch.func``, and not to what carries a forward-mode derivative. Elsewhere the equations run.
+    a transform of ``torch.func``, and not to what carries a forward-mode derivative. Elsewhere the equations run. So
+    they do under ``torch.compile``, which fuses them; an exported program has the operations of the functions.
     """
     if torch.compiler.is_compiling():
-        return True
+        return torch.compiler.is_exporting()
     # There is no public question for a transform; this is what torch.autograd.Function itself asks.
     return not (
         torch.jit.is_tracing()

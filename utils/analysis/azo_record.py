@@ -55,6 +55,7 @@ class AZORecord:
 
     def _observer(self, name: str) -> Callable[[Tensor, Tensor, Tensor | None], None]:
         # A function, not a method: an averaged copy of the network shares it, and is never in training.
+        @torch.compiler.disable  # it counts in Python: with --compile every batch would be a new graph
         def count(_w_time: Tensor, _w_channel: Tensor, replaced: Tensor | None) -> None:
             if replaced is not None:
                 self._counts[name] += replaced

@@ -24,7 +24,7 @@ from utils.distributed import Process
 from utils.engine import time_first
 from utils.errors import UserError
 from utils.event_args import TABLE as EVENT_TABLE
-from utils.facts import split_in_words, training_facts, training_in_words
+from utils.facts import precision, precision_in_words, split_in_words, training_facts, training_in_words
 from utils.image_args import TABLE as IMAGE_TABLE
 from utils.networks import TITLES, build_network, describe_network
 from utils.prepare.datasets import DATA_SETS
@@ -43,7 +43,7 @@ class Inspected:
         batches: pairs of samples and labels of this process, every sample once.
         train: training samples without augmentation, where they are asked for.
         prepare: samples and labels on the device to the inputs of the network.
-        facts: name to words: weights, network, epoch, seed, data, split, input, neurons.
+        facts: name to words: weights, network, epoch, seed, data, split, input, neurons, precision.
     """
 
     net: nn.Module
@@ -135,6 +135,7 @@ def load_inspected(args: argparse.Namespace, process: Process, training: bool = 
         "input": f"T = {net.T}, {height}x{width} pixels",
         "samples": f"{len(data.test)} test",
         "neurons": str(backend),
+        "precision": precision_in_words(precision(process.device)),
     }
     lines = {name: line for name, line in lines.items() if line}
     train: Any = None

@@ -8,7 +8,7 @@ from typing import Any
 
 from utils.analysis.statistics import wilson
 from utils.analysis.tables import markdown_table
-from utils.facts import split_in_words, training_in_words
+from utils.facts import precision_in_words, split_in_words, training_in_words
 from utils.networks import TITLES
 
 __all__ = ["model_card"]
@@ -78,6 +78,8 @@ def _result(facts: Mapping[str, Any]) -> str:
         low, high = (100 * end for end in wilson(accuracy["correct"], accuracy["count"]))
         words += f" ({accuracy['correct']} of {accuracy['count']}; 95 % interval {low:.1f} to {high:.1f} %, Wilson)"
     trained = training_in_words(facts)
+    if "precision" in (about := facts.get("facts", {})):
+        words += f", {precision_in_words(about['precision'])}"
     return f"{words}. Epoch {trained['epoch']}; seed {trained['seed']}."
 
 
