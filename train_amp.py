@@ -17,7 +17,6 @@ import argparse
 from functools import partial
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from models import MSResNet
 from utils.data.demo_images import write_demo_images
@@ -104,8 +103,7 @@ def main() -> None:
         train_loss = cross_entropy(args.label_smoothing)
         evaluated = averaged(net, args.ema, optimizer) if args.ema else net
         mixup = Mixup(prepare, len(data.classes), args.seed, run.process.rank) if args.mixup else None
-        trained = torch.compile(net, dynamic=False) if args.compile else net  # the last, smaller batch: another graph
-        trained = DistributedDataParallel(trained) if run.process.world_size > 1 else trained
+        trained = run.for_training(net)
         torch.manual_seed(args.seed + run.process.rank)  # dropout differs between the processes
         run.resume(evaluated, optimizer, scheduler=scheduler, scaler=scaler, trained=net if args.ema else None)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from models import VGG8, sma_vgg8_ncaltech101
 from utils.data.events import load_event_data
@@ -98,8 +97,7 @@ def main() -> None:
         )
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.decay)
         scaler = torch.amp.GradScaler(run.device.type, enabled=args.amp == "fp16")
-        trained = torch.compile(net, dynamic=False) if args.compile else net
-        trained = DistributedDataParallel(trained) if run.process.world_size > 1 else trained
+        trained = run.for_training(net)
         torch.manual_seed(args.seed + run.process.rank)  # dropout differs between the processes
         run.resume(net, optimizer, scheduler=scheduler, scaler=scaler)
 

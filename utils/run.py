@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from models.neurons import select_backend
@@ -118,6 +119,14 @@ class Run:
         what = self._part if what == "val" else what
         epoch = "" if self._training is None else f" {self.progress.epoch}/{self.args.epochs}"
         return self.stop.watch(progress_bar(batches, f"{what}{epoch}", self.process, done=done))
+
+    def for_training(self, net: nn.Module) -> nn.Module:
+        """``net`` as it is trained: compiled with ``--compile``, and wrapped where there are several processes.
+
+        Evaluation and checkpoints take ``net`` itself. The last batch of an epoch, if it is smaller, has another graph.
+        """
+        trained = cast(nn.Module, torch.compile(net, dynamic=False)) if self.args.compile else net
+        return DistributedDataParallel(trained) if self.process.world_size > 1 else trained
 
     def resume(self, net: nn.Module, optimizer: torch.optim.Optimizer, **parts: Any) -> None:
         """Continue the run in the output directory, if there is one, and open the log.
