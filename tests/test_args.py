@@ -23,7 +23,8 @@ PROMISED = (
 )
 PROMISED_OF = dict.fromkeys(EVENTS, (
     "-N 3 --decay 7 --learning-rate 0.1 --model-output-dir o --log-dir l --local_rank 0 --epoch 3 --timesteps 4 "
-    "--batch-size 4 --sma-blocks --sensor-size 34x34 --frame-size 48 --no-AZO --amp off --backend cupy --resume auto"
+    "--batch-size 4 --sma-blocks none --sensor-size 34x34 --frame-size 48 --no-AZO --amp off --backend cupy "
+    "--resume auto"
 )) | {
     "imagenet": "-net resnet34 -b 4 -lr 0.1 --image-size 48 --sma-blocks none --warm-up 1 --amp off --backend auto"
 }  # fmt: skip

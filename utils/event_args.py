@@ -26,6 +26,18 @@ from utils.errors import UserError
 
 __all__ = ["TABLE", "event_settings", "parse_event_args"]
 
+
+def _block(text: str) -> int | None:
+    return None if text == "none" else whole(1, 5)(text)
+
+
+class _Blocks(argparse.Action):
+    """``none`` in the place of block numbers is no block."""
+
+    def __call__(self, _parser: Any, namespace: argparse.Namespace, values: Any, _flag: str | None = None) -> None:
+        setattr(namespace, self.dest, [value for value in values if value is not None])
+
+
 _switch = {"action": argparse.BooleanOptionalAction}
 _data = partial(Setting, group="data")
 _network = partial(Setting, group="network", depends="evaluation", stored=True)
@@ -48,7 +60,8 @@ TABLE = [
     _data("--on-bad-sample", "stop, or leave damaged samples out", "stop", parser={"choices": ("stop", "skip")}),
     _network("-T --timesteps", "frames per sample", parse=whole(1, 1000), parser={"metavar": "T"}),
     _network("--width", "multiplies the channels of all layers", 1.0, parse=above_zero, parser={"metavar": "X"}),
-    _network("--sma-blocks", "blocks with SMA", [2, 3], parse=whole(1, 5), parser={"nargs": "*", "metavar": "N"}),
+    _network("--sma-blocks", "blocks with SMA, or none", [2, 3], parse=_block,
+             parser={"nargs": "*", "metavar": "N", "action": _Blocks}),
     _network("--branch-activation", "inside SMA", "lif", parser={"choices": ("lif", "relu")}),
     Setting("num_classes", group="network", stored=True),
     *azo_settings(default=True),
