@@ -217,7 +217,8 @@ def _draw_objects(rows: Rows) -> Figure:
     left.set(xlabel="epoch", ylabel="accuracy on held-out samples\nof the training day, %, mean of the seeds")
     right.set(yticks=range(len(WHY)), yticklabels=WHY, ylim=(len(WHY) - 0.5, -0.5))
     right.set_xlabel("accuracy on the test day, %\n(a point for each seed, a bar for their mean)")
-    left.legend(frameon=False, loc="lower right")
+    if left.lines:
+        left.legend(frameon=False, loc="lower right")
     for ax in (left, right):
         ax.grid(linewidth=0.3, color="#CCCCCC")
         ax.spines[["top", "right"]].set_visible(False)
