@@ -25,6 +25,7 @@ def test_every_form_of_a_network_trains_and_evaluates():
     assert flops["SMA, depthwise"] < 1.1 * flops["no attention"]
 
 
+@pytest.mark.slow
 def test_every_form_trains_and_evaluates_in_bfloat16():
     for form in FORMS:
         steps, _, _ = steps_of("dvs128", form, Setting(**{**vars(SMALL), "T": 4, "amp": "bf16"}))

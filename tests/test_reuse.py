@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -174,6 +174,7 @@ METADATA = ["recipe", "epoch", "epochs", "steps", "seed", "selection", "accuracy
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(metadata={"recipe": None, "epoch": None, "epochs": None, "selection": "best"})
 @given(metadata=st.dictionaries(st.sampled_from(METADATA), ANY, max_size=5))
 def test_any_metadata_are_shown_or_a_sentence(metadata, tmp_path, tool):
     for path in tmp_path.iterdir():

@@ -181,8 +181,9 @@ def _known_of_run(path: Path, known: Mapping[str, Any], evaluation: Path | None)
     else:
         found = _evaluation_next_to(path, trained)
     accuracy = {name: found[name] for name in _ACCURACY if name in found}
-    if not accuracy and "best" in trained["selection"]:
-        accuracy = {"acc1": known["best"]["acc1"]}
+    best = known.get("best")
+    if not accuracy and "best" in trained["selection"] and isinstance(best, Mapping) and "acc1" in best:
+        accuracy = {"acc1": best["acc1"]}
     facts = {name: found[name] for name in ("data", "split", "precision") if name in found}
     return {**trained, **({"accuracy": accuracy} if accuracy else {}), **({"facts": facts} if facts else {})}
 
