@@ -65,8 +65,8 @@ def test_the_file_alone_works_in_the_three_networks_of_the_docs(tmp_path, launch
     blocks = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)]
     examples = [block for block in blocks if "from models.sma import SMA" in block]
     assert len(examples) == 3
-    for number, example in enumerate(examples):
-        (tmp_path / f"example{number}.py").write_text(example.replace("from models.sma", "from sma"))
+    for number, block in enumerate(examples):
+        (tmp_path / f"example{number}.py").write_text(block.replace("from models.sma", "from sma"))
         torch.manual_seed(number)
         activation = "relu" if number == 2 else "lif"
         vgg = VGG8(T=4, num_classes=3, sma_blocks=[1], branch_activation=activation, C_reduction=4)
