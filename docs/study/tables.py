@@ -178,6 +178,8 @@ def _draw_differences(rows: Rows, costs: dict[tuple[str, str], str]) -> Figure:
         shift, colour, marker = 0.22 * (number - 1), COLOURS[number], "os^"[number]
         m = len(_compared(rows, data))
         found = {y: one for y, v in enumerate(variants) if (one := paired(rows, data, v, BASELINE, m)) is not None}
+        if not found:
+            continue
         left.errorbar(
             [one.mean for one in found.values()], [y + shift for y in found],
             xerr=[one.half or 0.0 for one in found.values()], fmt=marker, color=colour, markersize=4, capsize=2.5,
