@@ -207,11 +207,12 @@ def test_a_stopped_run_with_held_out_samples_continues_to_the_bit_and_only_with_
     assert whole == after
 
 
-def test_a_run_from_before_there_was_a_validation_set_continues(script, folder_data, tmp_path):
+def test_a_run_from_before_there_were_validation_and_tf32_continues(script, folder_data, tmp_path):
     command = ["ncaltech101", *EVENTS, "--data-dir", folder_data, "--epochs", 1, "--output-dir", tmp_path]
     assert script(*command)[0] == 0
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert state["recipe"].pop("val") == 0.0 and state["facts"]["split"].pop("val") == 0
+    assert state["recipe"].pop("tf32") is True
     write_checked(state, tmp_path / "last.pt")
     assert script(*command)[0] == 0
     code, _, err = script(*command, "--val", 0.3)

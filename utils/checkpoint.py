@@ -25,6 +25,7 @@ __all__ = ["Checkpoints", "load_weights", "put_weights", "read_weights"]
 FORMAT = 4  # 3: one dropout mask a step, another ImageNet schedule, another --decay
 _WRAPPERS = ("model", "net", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
+_LATER = {"val": 0.0, "tf32": True}  # settings that older runs do not name, as they had them
 _SAMPLES = ("split_fingerprint", "samples")  # of a recipe
 _MAY_BEGIN_LATER = "azo"  # the record of what AZO replaces changes nothing in a run
 # As this program writes them; anything else under these names is ignored.
@@ -209,7 +210,7 @@ class Checkpoints:
                 )
             state, checksum = self._read(source)
         self._agree((*_position(state), checksum))
-        there = {"val": 0.0, **state["recipe"]}  # of a run from before there was --val
+        there = {**_LATER, **state["recipe"]}
         differing = [
             f"{key} is {there.get(key)} there and {value} here"
             for key, value in self.recipe.items()
