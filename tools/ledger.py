@@ -36,7 +36,7 @@ if not __package__:  # run as a file: the modules of the repository are one fold
 
 from tools.compare import sampling_error
 from utils.analysis.runs import read_metrics, read_run_file
-from utils.analysis.tables import markdown_table
+from utils.analysis.tables import between, markdown_table
 from utils.args import words
 from utils.checkpoint import read_weights
 from utils.data.splits import RULES
@@ -248,14 +248,10 @@ def page(text: str, entries: Mapping[str, Mapping[str, Any]]) -> str:
     Raises:
         UserError: it has not both marks.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{PAGE} must have the lines {BEGIN} and {END}, between which the tables go")
     published = {name: one for name, one in entries.items() if one["split"]["official"]}
     others = {name: one for name, one in entries.items() if name not in published}
     tables = [_published_table(published), _other_table(others)]
-    return f"{before}{begin}\n\n" + "\n\n".join(tables) + f"\n\n{end}{after}"
+    return between(text, BEGIN, END, "\n\n".join(tables), PAGE)
 
 
 def _published_table(entries: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Tables and figures of the study, from its rows alone; they go between two marks of the pages beside this file."""
+"""Tables and figures of the study, from its rows alone. The tables go into the pages next to this file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 
 from docs.study.study import BASELINE, COLUMNS, COST_COLUMNS, DATA, TEST, VARIANTS, costs_file, read_rows
 from utils.analysis.figures import COLOURS, LINES, WIDTH, save, style
-from utils.analysis.tables import markdown_table
-from utils.errors import UserError
+from utils.analysis.tables import between, markdown_table
 from utils.files import read_text, write_text
 
 __all__ = ["Difference", "paired", "put", "write"]
@@ -60,7 +59,7 @@ def paired(rows: Rows, data: str, variant: str, base: str, comparisons: int = 1)
 
 
 def write(rows_file: Path) -> None:
-    """Write the tables into README.md and objects.md beside the rows, and the two figures next to them."""
+    """Write the tables into README.md and objects.md, and the two figures, all next to the file of the rows."""
     rows = [row for row in read_rows(rows_file, COLUMNS) if row["kind"] == TEST]
     costs = {(row["data"], row["variant"]): row["ratio"] for row in read_rows(costs_file(rows_file), COST_COLUMNS)}
     put(
@@ -80,11 +79,7 @@ def put(page: Path, text: str) -> None:
         UserError: it has not both.
     """
     begin, end = "<!-- written by docs/study/study.py table -->", "<!-- end -->"
-    before, first, rest = (read_text(page) or "").partition(begin)
-    _, last, after = rest.partition(end)
-    if not first or not last:
-        raise UserError(f"page {page} must have the lines {begin} and {end}, between which the tables go")
-    write_text(page, f"{before}{begin}\n\n{text}\n\n{end}{after}")
+    write_text(page, between(read_text(page) or "", begin, end, text, page))
 
 
 def _accuracy(row: dict[str, str]) -> float:
@@ -169,7 +164,7 @@ def _objects_table(rows: Rows) -> str:
 
 
 def _draw_differences(rows: Rows, costs: dict[tuple[str, str], str]) -> Figure:
-    """Differences from no attention with their intervals, beside the cost of a training step."""
+    """Left: differences from no attention, with their intervals. Right: what a training step costs."""
     variants = [v for v, one in VARIANTS.items() if v != BASELINE and not one.equations and len(one.data) == len(DATA)]
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
