@@ -2,8 +2,9 @@
 
 Each photograph, in grey and at 41x41 pixels, moves before a camera of 32x32 along a triangle, in three straight lines
 of 100 ms, as the camera moved before the pictures of N-Caltech101 (Orchard et al., Front. Neurosci. 9, 2015). Every
-millisecond a pixel compares ``log(0.05 + intensity)`` with its value at its last event. For each whole 0.2 between them
-it sends an event, and remembers the value that it reached. There is no noise, no dead time, no mismatch of pixels.
+millisecond a pixel compares ``log(0.05 + intensity)`` with its value at its last event. It sends one event for
+each full 0.2 of difference, and remembers the value that it reached. There is no noise, no dead time, and no mismatch
+of pixels.
 """
 
 from __future__ import annotations

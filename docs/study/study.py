@@ -3,7 +3,8 @@
     python docs/study/study.py run --data-dir DIR     train what has no row yet, one row a run; then the tables
     python docs/study/study.py table                  tables and figures from the rows that are there
 
-A killed study goes on with the same command. What was decided when, and what DIR holds: README.md beside this file.
+A killed study goes on with the same command. README.md next to this file says what DIR
+holds, and what was decided when.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from models.neurons import (  # noqa: E402
     spikingjelly_version,
     temporal_wise_attention,
 )
+from utils.analysis.attention import watch_attention  # noqa: E402
 from utils.analysis.changes import CHANGES, ChangedFrames  # noqa: E402
 from utils.analysis.energy import summary  # noqa: E402
 from utils.analysis.operations import OperationCounter  # noqa: E402
@@ -269,44 +271,26 @@ def _tested(task: Task, net: VGG8, test: Any) -> dict[str, Any]:
         return evaluate(net, _loaders(None, samples, task)[-1], mse_of_mean, DEVICE)
 
     found = on(test)
-    row = {"correct": found["correct"], "count": found["count"]}
+    row: dict[str, Any] = {"correct": found["correct"], "count": found["count"]}
     if task.data == "objects":
         changes = {"reversed": "steps reversed", "mean_step": "mean of the steps at all steps"}
         row |= {column: on(ChangedFrames(test, name, CHANGES[name]))["correct"] for column, name in changes.items()}
     some = Subset(test, range(0, len(test), 4))
-    with OperationCounter(net) as counter, _watched_weights(net) as weights:
-        on(some)
+    seen: list[tuple[Tensor, Tensor]] = []  # of every SMA and batch: mean channel weights, distance of the time weights
+
+    def see(_name: str, w_time: Tensor, w_channel: Tensor) -> None:
+        seen.append((w_channel.flatten(1).mean(1), (w_time - 1 / len(w_time)).abs().mean()))
+
+    with OperationCounter(net) as counter:
+        watch_attention(net, _loaders(None, some, task)[-1], time_first, DEVICE, see)
+    if seen:
+        scales, distances = (torch.stack(values).mean(0) for values in zip(*seen, strict=True))
+        row["scale_weights"] = " ".join(f"{value:.4f}" for value in scales.tolist())
+        row["time_weight"] = f"{distances:.4f}"
     total = summary(counter.result(), len(some), "usual", 4.6, 0.9)
     return {
-        **row,
-        **weights,
-        "energy_uj": f"{total['total']['energy_uj']:.6g}",
-        "firing_rate": f"{total['firing_rate']:.6g}",
-    }
-
-
-class _watched_weights:
-    """Mean channel weight of each scale, and mean distance of the time weights from the uniform one, of all SMA."""
-
-    def __init__(self, net: nn.Module):
-        self.modules = [m for m in net.modules() if isinstance(m, SMA)]
-        self.seen: list[tuple[Tensor, Tensor]] = []
-        self.found: dict[str, str] = {}
-
-    def __enter__(self) -> dict[str, str]:
-        for module in self.modules:
-            module.observer = lambda w_time, w_channel, _: self.seen.append(
-                (w_channel.flatten(1).mean(1), (w_time - 1 / len(w_time)).abs().mean())
-            )
-        return self.found
-
-    def __exit__(self, *_: object) -> None:
-        for module in self.modules:
-            module.observer = None
-        if self.seen:
-            scales, distances = (torch.stack(values).mean(0) for values in zip(*self.seen, strict=True))
-            self.found["scale_weights"] = " ".join(f"{value:.4f}" for value in scales.tolist())
-            self.found["time_weight"] = f"{distances:.4f}"
+        **row, "energy_uj": f"{total['total']['energy_uj']:.6g}", "firing_rate": f"{total['firing_rate']:.6g}"
+    }  # fmt: skip
 
 
 def measure_costs(data_dir: Path, names: Sequence[str], steps: int = 15) -> list[dict[str, Any]]:
@@ -457,7 +441,7 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    """The whole file at once."""
+    """Write rows into a file, which is replaced as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
@@ -468,7 +452,7 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]
 
 
 def costs_file(rows: Path) -> Path:
-    """Of the cost of a step, beside the rows."""
+    """The file with the cost of a step, next to the file of the rows."""
     return rows.with_name(f"{rows.stem}_cost.csv")
 
 
