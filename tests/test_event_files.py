@@ -1,9 +1,11 @@
 """Event files and their folders: what is wrong is a bad sample by name, what has changed is made again."""
 
+import ast
 import os
 import shutil
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from utils.data.events import check_event_data, load_event_data
 from utils.data.folders import BadFile, Stamp, listing
 from utils.data.splits import changes
 from utils.errors import UserError
+from utils.prepare.arrays import read_array
 from utils.prepare.datasets import DATA_SETS
 from utils.prepare.events import read_events
 from utils.prepare.frames import Facts, read_record, write_record
@@ -367,3 +370,37 @@ def test_another_number_of_classes_is_noticed_before_anything_is_made(root):
         load(root, num_classes=101)
     assert not list(root.glob("*frames*"))
     assert load(root, num_classes=2).classes == ["ant", "bee"]
+
+
+def test_headers_of_arrays_are_parsed_one_at_a_time_as_python_3_11_needs_it(root, monkeypatch):
+    parse, inside, most = ast.literal_eval, [], []
+
+    def watched(text):
+        inside.append(text)
+        most.append(len(inside))
+        time.sleep(0.001)  # another thread's turn
+        try:
+            return parse(text)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(ast, "literal_eval", watched)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(read_events, root.glob("events_np/*/*.npz")))
+    assert len(found) == 20 and len(most) >= 80 and max(most) == 1
+    load(root, workers=4)
+    assert max(most) == 1
+
+
+@pytest.mark.parametrize("order", "CF")
+def test_an_array_is_read_as_numpy_reads_it(tmp_path, order):
+    array = np.asarray(np.random.default_rng(0).integers(0, 9, (3, 2, 5)), order=order)
+    np.save(tmp_path / "a.npy", array)
+    with (tmp_path / "a.npy").open("rb") as file:
+        np.testing.assert_array_equal(read_array(file), np.load(tmp_path / "a.npy"), strict=True)
+
+
+def test_an_array_of_objects_is_refused_and_nothing_is_unpickled(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([{"a": 1}], object))
+    with (tmp_path / "a.npy").open("rb") as file, pytest.raises(ValueError):
+        read_array(file)

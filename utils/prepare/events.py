@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from utils.prepare.arrays import read_array
 from utils.prepare.recordings import Events, RecordingError
 
 __all__ = ["checked_events", "extent", "read_events"]
@@ -26,8 +28,11 @@ def read_events(path: Path, sensor: tuple[int, int] | None = None) -> Events:
         RecordingError: it is damaged, or see :func:`checked_events`.
     """
     try:
-        with np.load(path) as file:
-            events = {name: file[name] for name in _NAMES}
+        with zipfile.ZipFile(path) as archive:
+            events = {}
+            for name in _NAMES:
+                with archive.open(f"{name}.npy") as file:
+                    events[name] = read_array(file)
     except Exception as error:  # numpy and zipfile raise many types on a damaged file
         what = f"cannot be read, it is damaged or cut off ({type(error).__name__}: {error})"
         raise RecordingError(path, what) from error

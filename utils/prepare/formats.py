@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from utils.data.folders import BadFile, read_folder
+from utils.prepare.arrays import read_array
 from utils.prepare.datasets import DataSet
 from utils.prepare.events import checked_events, read_events
 from utils.prepare.recordings import Events, Recording, RecordingError, read_aedat2, read_aedat3, read_bin
@@ -68,7 +69,8 @@ def _read_npz(path: Path) -> Read:
 
 def _read_npy(path: Path) -> Read:
     try:
-        array = np.load(path)
+        with path.open("rb") as file:
+            array = read_array(file)
     except Exception as error:  # numpy raises many types on a damaged file
         what = f"cannot be read, it is damaged or cut off ({type(error).__name__}: {error})"
         raise RecordingError(path, what) from error

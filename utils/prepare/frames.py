@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import zipfile
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from utils.data.folders import Stamp
 from utils.data.store import count_type
 from utils.errors import DataError
 from utils.files import read_text, write_text
+from utils.prepare.arrays import read_array
 
 __all__ = ["Facts", "Record", "content_checksum", "facts_of", "read_frames", "read_record", "resized", "write_record"]
 
@@ -41,31 +42,31 @@ def read_frames(path: Path, T: int, sensor: tuple[int, int]) -> np.ndarray:
         DataError: it is cut off, has another key, T or size, or holds what is no count.
     """
     needed = [T, 2, *sensor]
+
+    def check(shape: tuple[int, ...], dtype: np.dtype) -> None:
+        if list(shape) != needed:
+            raise DataError(f"has shape {list(shape)} and [T, 2, H, W] = {needed} is needed")
+        if dtype.kind not in "fiub":
+            raise DataError(f"holds {dtype} and no numbers")
+
     try:
         with zipfile.ZipFile(path) as archive:
             if "frames.npy" not in archive.namelist():
                 keys = ", ".join(name.removesuffix(".npy") for name in archive.namelist()) or "nothing"
                 raise DataError(f"has the key {keys} and no 'frames'")
             with archive.open("frames.npy") as file:
-                shape, _, dtype = _header(file)
-                if list(shape) != needed:
-                    raise DataError(f"has shape {list(shape)} and [T, 2, H, W] = {needed} is needed")
-                if dtype.kind not in "fiub":
-                    raise DataError(f"holds {dtype} and no numbers")
-            with archive.open("frames.npy") as file:
-                frames = np.lib.format.read_array(file, allow_pickle=False)
-                file.read(1)  # the end, where zipfile compares its checksum
+                frames = read_array(file, check)
     except DataError:
         raise
     except Exception as error:  # numpy and zipfile raise many types on a damaged file
         raise DataError(f"cannot be read, it is damaged or cut off ({type(error).__name__}: {error})") from error
-    if dtype.kind == "f" and not np.isfinite(frames).all():
+    if frames.dtype.kind == "f" and not np.isfinite(frames).all():
         raise DataError("holds NaN or infinity")
     smallest, largest = frames.min(), frames.max()
     if smallest < 0 or largest >= 2**31:
         raise DataError(f"holds {smallest:g} to {largest:g}, which are no counts of events")
     counts = frames.astype(count_type(int(largest)))
-    if dtype.kind == "f" and not np.array_equal(counts, frames):
+    if frames.dtype.kind == "f" and not np.array_equal(counts, frames):
         raise DataError("holds fractions, which are no counts of events")
     return counts
 
@@ -73,12 +74,6 @@ def read_frames(path: Path, T: int, sensor: tuple[int, int]) -> np.ndarray:
 def resized(counts: np.ndarray, size: tuple[int, int]) -> Tensor:
     """Counts ``[T, 2, H, W]`` at another size (H, W): bilinear, antialiased, float32."""
     return transforms.resize(torch.from_numpy(counts).float(), list(size), antialias=True)
-
-
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(file)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    return readers[version](file)
 
 
 def content_checksum(frames: np.ndarray) -> str:
