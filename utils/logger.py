@@ -75,30 +75,25 @@ class RunLog:
             UserError: the directory cannot be written to; raised in all processes.
         """
         with self._writing():
-            if self.process.is_first:
-                self._open(args, facts, epochs_done, split, earlier)
+            if not self.process.is_first:
+                return
+            _check_utf8(f"--log-dir {self.log_dir}")
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not for --help and evaluation
 
-    def _open(
-        self, args: Mapping[str, Any], facts: Mapping[str, Any], epochs_done: int, split: str | None,
-        earlier: Path | None,
-    ) -> None:  # fmt: skip
-        _check_utf8(f"--log-dir {self.log_dir}")
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not for --help and evaluation
-
-        self.directory.mkdir(parents=True, exist_ok=True)
-        rows = {} if earlier is None else self._rows_of(earlier / "metrics.csv")
-        rows |= self._rows_of(self.directory / "metrics.csv")
-        self._rows = {epoch: row for epoch, row in sorted(rows.items()) if epoch <= epochs_done}
-        self._write_rows()
-        if self.azo is not None:
-            self.azo.start(self.directory, epochs_done)
-        described = {"args": args, **facts, "argv": sys.argv}
-        write_json(self.directory / "args.json", described)
-        if split is not None:
-            write_text(self.directory / "split.txt", split)
-        self._tensorboard = SummaryWriter(str(self.log_dir), purge_step=epochs_done + 1)
-        if self._tracker_name is not None:
-            self._tracker = Tracker(self._tracker_name, self.directory, _finite(described))
+            self.directory.mkdir(parents=True, exist_ok=True)
+            rows = {} if earlier is None else self._rows_of(earlier / "metrics.csv")
+            rows |= self._rows_of(self.directory / "metrics.csv")
+            self._rows = {epoch: row for epoch, row in sorted(rows.items()) if epoch <= epochs_done}
+            self._write_rows()
+            if self.azo is not None:
+                self.azo.start(self.directory, epochs_done)
+            described = {"args": args, **facts, "argv": sys.argv}
+            write_json(self.directory / "args.json", described)
+            if split is not None:
+                write_text(self.directory / "split.txt", split)
+            self._tensorboard = SummaryWriter(str(self.log_dir), purge_step=epochs_done + 1)
+            if self._tracker_name is not None:
+                self._tracker = Tracker(self._tracker_name, self.directory, _finite(described))
 
     def epoch(
         self, epoch: int, train: Mapping[str, float], found: Mapping[str, float], lr: float, seconds: float
@@ -111,19 +106,15 @@ class RunLog:
             UserError: the directory cannot be written to; raised in all processes.
         """
         with self._writing():
-            if self.process.is_first:
-                self._write_epoch(epoch, train, found, lr, seconds)
-
-    def _write_epoch(
-        self, epoch: int, train: Mapping[str, float], found: Mapping[str, float], lr: float, seconds: float
-    ) -> None:
-        values = {"epoch": epoch, "train_loss": train["loss"], "train_acc1": train["acc1"], "lr": lr}
-        values |= {"seconds": seconds, f"{self.part}_loss": found["loss"], f"{self.part}_acc1": found["acc1"]}
-        self._rows[epoch] = [f"{values[name]:.10g}" if name in values else "" for name in self.columns]
-        self._write_rows()
-        self._chart(epoch, {**_charted(found, self.part), **_charted(train, "train"), "lr": lr, "seconds": seconds})
-        if self.azo is not None:
-            self.azo.write(self.directory, epoch)
+            if not self.process.is_first:
+                return
+            values = {"epoch": epoch, "train_loss": train["loss"], "train_acc1": train["acc1"], "lr": lr}
+            values |= {"seconds": seconds, f"{self.part}_loss": found["loss"], f"{self.part}_acc1": found["acc1"]}
+            self._rows[epoch] = [f"{values[name]:.10g}" if name in values else "" for name in self.columns]
+            self._write_rows()
+            self._chart(epoch, {**_charted(found, self.part), **_charted(train, "train"), "lr": lr, "seconds": seconds})
+            if self.azo is not None:
+                self.azo.write(self.directory, epoch)
 
     def final(self, epoch: int, test: Mapping[str, float]) -> None:
         """Chart the one evaluation on the test set of a run that holds samples out, at its last epoch."""
