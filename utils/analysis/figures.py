@@ -38,6 +38,7 @@ __all__ = [
     "draw_frames",
     "draw_rates",
     "draw_spikes",
+    "new_figure",
     "save",
     "style",
     "svg",
@@ -92,7 +93,8 @@ def svg(figure: Figure) -> str:
     return text.getvalue()
 
 
-def _figure(height: float, width: float = WIDTH, compress: bool = False) -> Figure:
+def new_figure(height: float, width: float = WIDTH, compress: bool = False) -> Figure:
+    """An empty figure of this size in inches; ``compress`` keeps pictures in it close together."""
     layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.04, compress=compress)  # inches
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)  # draws without a window, whatever backend is set
@@ -122,7 +124,7 @@ def draw_frames(x: np.ndarray, title: str, full: float = 1.0) -> Figure:
         columns = min(8, len(pictures))
         rows = -(-len(pictures) // columns)
         side = WIDTH / columns
-        figure = _figure(rows * ((side - 0.12) * x.shape[2] / x.shape[3] + 0.24) + 0.3)
+        figure = new_figure(rows * ((side - 0.12) * x.shape[2] / x.shape[3] + 0.24) + 0.3)
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for t, ax in enumerate(axes):
             _only_picture(ax)
@@ -167,7 +169,7 @@ def draw_spikes(
         side = min((WIDTH - margins) / len(shown) - 0.06, 5.2 / (len(rates) + 1), 1.1)
         height = side * frames.shape[1] / frames.shape[2]
         size = (len(rates) + 1) * (height + 0.08) + 0.55, len(shown) * (side + 0.06) + margins
-        figure = _figure(*size, compress=True)  # the pictures keep their proportions and stay close together
+        figure = new_figure(*size, compress=True)  # the pictures keep their proportions and stay close together
         axes = figure.subplots(len(rates) + 1, len(shown), squeeze=False)
         scale = _colour_bar(
             figure, axes.ravel(), max(float(rate[shown].max()) for rate in rates.values()),
@@ -216,7 +218,7 @@ def draw_attention(
     """
     scales, steps, channels = channel.shape
     with style():
-        figure = _figure(4.6)
+        figure = new_figure(4.6)
         above, below = np.ravel(figure.subfigures(2, 1, height_ratios=(1.0, 1.25), squeeze=False))
         ax = above.subplots()
         x = np.arange(1, steps + 1)
@@ -261,7 +263,7 @@ def draw_azo(epochs: Sequence[int], shares: np.ndarray, kernels: Sequence[int], 
     if np.isnan(every).any():
         title = f"{title}; white: no record"
     with style():
-        figure = _figure(4.2)
+        figure = new_figure(4.2)
         axes = figure.subplots(2, len(kernels), sharex=True, sharey="row", squeeze=False)
         scale = _colour_bar(figure, axes.ravel(), max(np.nanmax(of_step), np.nanmax(of_channel)), "values replaced, %")
         first, last = epochs[0] - 0.5, epochs[-1] + 0.5
@@ -295,7 +297,7 @@ def draw_curves(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         names = [textwrap.fill(name, _MOST_LETTERS, break_on_hyphens=False) for name in runs]
         widths = [TextPath((0, 0), line, size=7).get_extents().width for name in names for line in name.split("\n")]
         in_a_row = max(1, min(3, int((WIDTH - 0.2) / (max(widths) / 72 + 0.5))))  # half an inch for the line beside it
-        figure = _figure(2.6 + 0.16 * -(-(len(widths) + 2) // in_a_row))
+        figure = new_figure(2.6 + 0.16 * -(-(len(widths) + 2) // in_a_row))
         axes = figure.subplots(1, 2)
         parts: dict[str, str] = {}  # that solid lines are of
         for name, columns, colour in zip(names, runs.values(), COLOURS, strict=False):
@@ -330,7 +332,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str) -> Fi
     count = len(classes)
     shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     with style():
-        figure = _figure(5.6, 6.4)
+        figure = new_figure(5.6, 6.4)
         ax = figure.subplots()
         names = [name if len(name) <= 20 else f"{name[:19]}…" for name in classes]
         scale = Normalize(0, 100)
@@ -365,7 +367,7 @@ def draw_rates(rates: Mapping[str, Sequence[float]], title: str) -> Figure:
     values = 100 * np.array(list(rates.values()))
     rows, steps = values.shape
     with style():
-        figure = _figure(min(9.2, 0.17 * rows + 1.1), 6.4)
+        figure = new_figure(min(9.2, 0.17 * rows + 1.1), 6.4)
         ax = figure.subplots()
         scale = _colour_bar(figure, [ax], float(values.max()), "firing rate, %")
         ax.imshow(values, cmap=MAP, norm=scale, aspect="auto", interpolation="nearest",
@@ -390,7 +392,7 @@ def draw_changes(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         rows: ``name``, ``acc1``, ``low``, ``high`` in percent; the first is the unchanged input.
     """
     with style():
-        figure = _figure(0.2 * len(rows) + 0.9, 5.6)
+        figure = new_figure(0.2 * len(rows) + 0.9, 5.6)
         ax = figure.subplots()
         places = np.arange(len(rows))
         middle, low, high = (np.array([row[name] for row in rows]) for name in ("acc1", "low", "high"))
