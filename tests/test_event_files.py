@@ -114,7 +114,7 @@ ANY = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=2000)
+@settings(max_examples=300, deadline=None)
 @given(st.fixed_dictionaries(dict.fromkeys("txyp", ANY)))
 def test_any_arrays_give_valid_events_or_a_named_error(content):
     with tempfile.TemporaryDirectory() as folder:
@@ -130,7 +130,7 @@ def test_any_arrays_give_valid_events_or_a_named_error(content):
     assert all(events[axis].min() >= 0 and events[axis].max() < 128 for axis in "xy")
 
 
-@settings(max_examples=100, deadline=2000)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 2**20), st.booleans())
 def test_any_bytes_are_a_named_error(content, position, foreign):
     with tempfile.TemporaryDirectory() as folder:
@@ -292,7 +292,7 @@ def test_a_recording_that_was_replaced_is_converted_again(tmp_path, capsys):
     assert set(read_events(tmp_path / "events_np/ant/3.npz")["x"].tolist()) == {5}
 
 
-@settings(max_examples=100, deadline=2000)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**20), st.text(max_size=40))
 def test_a_damaged_record_is_read_as_far_as_it_goes(position, foreign):
     stamp, facts = Stamp(10, 2**60), Facts("0" * 16, "f" * 16, 3, 100, 120)
