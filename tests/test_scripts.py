@@ -282,7 +282,7 @@ def test_a_full_disk_is_one_sentence(script, gesture_data, tmp_path, monkeypatch
     def full(self, *_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("utils.logger.RunLog._write_epoch", full)
+    monkeypatch.setattr("utils.logger.RunLog._chart", full)
     code, _, err = script("dvs128", *SMALL, "--data-dir", gesture_data, "--output-dir", tmp_path, "--epochs", 1)
     assert code == 2 and "Traceback" not in err
     assert f"the log in --output-dir {tmp_path} cannot be written: No space left on device; make room" in err
