@@ -1,10 +1,13 @@
 """Event files and their folders: what is wrong is a bad sample by name, what has changed is made again."""
 
 import ast
+import io
 import os
 import shutil
 import tempfile
 import time
+import tracemalloc
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -114,7 +117,7 @@ ANY = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=2000)
 @given(st.fixed_dictionaries(dict.fromkeys("txyp", ANY)))
 def test_any_arrays_give_valid_events_or_a_named_error(content):
     with tempfile.TemporaryDirectory() as folder:
@@ -130,7 +133,7 @@ def test_any_arrays_give_valid_events_or_a_named_error(content):
     assert all(events[axis].min() >= 0 and events[axis].max() < 128 for axis in "xy")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=2000)
 @given(st.binary(max_size=300), st.integers(0, 2**20), st.booleans())
 def test_any_bytes_are_a_named_error(content, position, foreign):
     with tempfile.TemporaryDirectory() as folder:
@@ -292,7 +295,7 @@ def test_a_recording_that_was_replaced_is_converted_again(tmp_path, capsys):
     assert set(read_events(tmp_path / "events_np/ant/3.npz")["x"].tolist()) == {5}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=2000)
 @given(st.integers(0, 2**20), st.text(max_size=40))
 def test_a_damaged_record_is_read_as_far_as_it_goes(position, foreign):
     stamp, facts = Stamp(10, 2**60), Facts("0" * 16, "f" * 16, 3, 100, 120)
@@ -404,3 +407,25 @@ def test_an_array_of_objects_is_refused_and_nothing_is_unpickled(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], object))
     with (tmp_path / "a.npy").open("rb") as file, pytest.raises(ValueError):
         read_array(file)
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, -1), (10**9,)])
+def test_a_header_that_does_not_fit_what_follows_is_refused(tmp_path, shape):
+    with (tmp_path / "a.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
+        file.write(np.zeros(6).tobytes())
+    with (tmp_path / "a.npy").open("rb") as file, pytest.raises(ValueError):
+        read_array(file)
+
+
+def test_no_more_is_unpacked_than_the_header_says(tmp_path):
+    one = io.BytesIO()
+    np.save(one, np.arange(3))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("t.npy", one.getvalue() + bytes(2**28))
+    tracemalloc.start()
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive, archive.open("t.npy") as file:
+        assert read_array(file).tolist() == [0, 1, 2]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24

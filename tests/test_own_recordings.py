@@ -185,7 +185,7 @@ CONTENT = st.one_of(
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=3000)
 @given(content=CONTENT)
 def test_any_bytes_give_valid_events_or_a_named_error(suffix, content):
     with tempfile.TemporaryDirectory() as place:

@@ -172,7 +172,7 @@ CONTENT = st.one_of(
 
 
 @pytest.mark.parametrize("kind", READERS)
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=CONTENT)
 def test_any_bytes_give_valid_events_or_a_named_error_in_little_memory(kind, content, tmp_path):
     path = tmp_path / "any"

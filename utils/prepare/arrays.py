@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import IO
@@ -19,7 +20,7 @@ _one_header = threading.Lock()
 def read_array(
     file: IO[bytes], check: Callable[[tuple[int, ...], np.dtype], None] = lambda shape, dtype: None
 ) -> np.ndarray:
-    """Read the array of an open ``.npy`` file, or of one inside an ``.npz``, which is then read to its checksum.
+    """Read the array of an open ``.npy`` file, or of one inside an ``.npz``, whose checksum is compared.
 
     Args:
         check: called with shape and type before the rest is read; it raises what it does not want.
@@ -33,5 +34,9 @@ def read_array(
     with _one_header:
         shape, by_columns, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
     check(shape, dtype)
-    values = np.frombuffer(file.read(), dtype)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"the shape {shape} has a negative size")
+    count = math.prod(shape)
+    values = np.frombuffer(file.read(count * dtype.itemsize), dtype, count)  # no more than the header says
+    file.read(1)  # the end, where zipfile compares its checksum
     return values.reshape(shape[::-1]).T if by_columns else values.reshape(shape)
