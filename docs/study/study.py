@@ -3,8 +3,8 @@
     python docs/study/study.py run --data-dir DIR     train what has no row yet, one row a run; then the tables
     python docs/study/study.py table                  tables and figures from the rows that are there
 
-A killed study goes on with the same command. README.md next to this file says what DIR
-holds, and what was decided when.
+A killed study goes on with the same command. What DIR holds, and what was decided when,
+is in README.md next to this file.
 """
 
 from __future__ import annotations
@@ -455,7 +455,7 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows into a file, which is replaced as a whole."""
+    """Write all rows of a file; a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
